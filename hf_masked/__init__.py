@@ -1,0 +1,1 @@
+"""Masked modelling and Siamese learning for transformers."""

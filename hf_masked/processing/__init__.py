@@ -1,0 +1,1 @@
+"""Processors, masks and views. Imports nothing from `hf_masked.modeling` or `hf_masked.training`."""

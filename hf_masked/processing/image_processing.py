@@ -1,0 +1,259 @@
+"""Image processors: pictures in, `pixel_values` and masks out.
+
+A processor works in two halves. `prepare` runs in data-loading workers: convert, crop and resize in one call, uint8.
+`finish` runs per batch on the training device: flip, augment, normalise, mask. `processor(images)` does both. Both
+halves take the samples' keys (see `hf_masked.randomness`); without keys nothing is drawn for the view: the centre of
+the picture, no augmentation.
+"""
+
+import torch
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+from hf_masked.processing import masks, views
+from hf_masked.processing.decoding import MODES, to_channels, to_uint8_tensor
+from hf_masked.processing.photometric import Photometric
+from hf_masked.randomness import keyed_draw, sample_keys
+
+# Purposes of the draws, see `sample_keys`.
+CROP, AUGMENT, MASK = range(3)
+
+BICUBIC = int(Image.Resampling.BICUBIC)
+
+
+class MaskedImageProcessor(BaseImageProcessor):
+    """Makes the inputs of masked image modelling.
+
+    Args:
+        size: {"height", "width"} of `pixel_values` in pixels, or one number for a square.
+        num_channels: channels of `pixel_values`. Pictures come as 1 (gray), 3 (RGB) or 4 (RGBA); other counts take
+            arrays or tensors with that many channels.
+        crop_scale: smallest and largest share of the area of the random crop in training.
+        crop_ratio: smallest and largest width / height of the random crop.
+        flip_probability: probability of a horizontal flip in training.
+        photometric: settings of `Photometric`, or None.
+        crop_fraction: side of the central crop without training, as a share of the largest one that fits.
+        resample: Pillow's number of the filter; 3 is bicubic. Arrays and tensors are always resized bicubically.
+        image_mean, image_std: one number per channel, for values in [0, 1].
+        mask_kind: a name in `hf_masked.processing.masks.MASKS`, or None for no mask.
+        mask_unit: side of a mask unit in pixels, or (height, width): the model's patch size, for most methods.
+        mask_ratio: share of masked units.
+        mask_options: further arguments of the mask function.
+    """
+
+    model_input_names = ["pixel_values", "bool_masked_pos"]  # noqa: RUF012 (transformers' own declaration)
+
+    def __init__(
+        self,
+        size: dict[str, int] | int | tuple[int, int] = 224,
+        num_channels: int = 3,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip_probability: float = 0.5,
+        photometric: dict | None = None,
+        crop_fraction: float = 0.875,
+        resample: int = BICUBIC,
+        image_mean: list[float] | float = (0.485, 0.456, 0.406),
+        image_std: list[float] | float = (0.229, 0.224, 0.225),
+        mask_kind: str | None = "random",
+        mask_unit: int | tuple[int, int] = 16,
+        mask_ratio: float = 0.75,
+        mask_options: dict | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.size = _size(size)
+        self.num_channels = num_channels
+        self.crop_scale = _range("crop_scale", crop_scale, 0.0, 1.0)
+        self.crop_ratio = _range("crop_ratio", crop_ratio, 0.0, float("inf"))
+        self.flip_probability = flip_probability
+        self.photometric = Photometric(**photometric).to_dict() if photometric else None
+        self.crop_fraction = crop_fraction
+        self.resample = int(resample)
+        self.image_mean = _per_channel("image_mean", image_mean, num_channels)
+        self.image_std = _per_channel("image_std", image_std, num_channels)
+        self.mask_kind = mask_kind
+        self.mask_unit = [mask_unit, mask_unit] if isinstance(mask_unit, int) else list(mask_unit)
+        self.mask_ratio = mask_ratio
+        self.mask_options = dict(mask_options or {})
+        if mask_kind is not None:
+            self._check_mask()
+
+    def _check_mask(self) -> None:
+        height, width = self.size["height"], self.size["width"]
+        if height % self.mask_unit[0] or width % self.mask_unit[1]:
+            raise ValueError(
+                f"A mask unit of {self.mask_unit[0]} x {self.mask_unit[1]} pixels does not divide the size "
+                f"{height} x {width}: choose a size that is a multiple of it."
+            )
+        if not 0.0 <= self.mask_ratio < 1.0:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie in [0, 1), for example 0.75.")
+        if self.mask_kind not in masks.MASKS:
+            raise ValueError(f"Unknown mask_kind {self.mask_kind!r}; known are {', '.join(sorted(masks.MASKS))}.")
+
+    @property
+    def mask_grid(self) -> tuple[int, int]:
+        """(rows, columns) of mask units."""
+        return self.size["height"] // self.mask_unit[0], self.size["width"] // self.mask_unit[1]
+
+    def prepare(self, images: list, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """First half: pictures to equally sized uint8.
+
+        Args:
+            images: Pillow pictures, or uint8 arrays or tensors, (height, width), (height, width, channels) or
+                (channels, height, width).
+            keys: int64 (batch,) of `sample_keys(..., purpose=CROP)` for random crops; None for the central crop.
+
+        Returns:
+            uint8 (batch, channels, height, width) on the CPU.
+        """
+        images = [to_channels(image, self.num_channels) for image in images]
+        sizes = [
+            (image.height, image.width) if isinstance(image, Image.Image) else image.shape[-2:] for image in images
+        ]
+        heights, widths = torch.tensor(sizes).unbind(dim=1)
+        boxes = self._boxes(heights, widths, keys)
+        return torch.stack([self._crop(image, box) for image, box in zip(images, boxes, strict=True)])
+
+    def prepare_resident(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """The first half for a batch that is on the device already.
+
+        Args:
+            images: uint8 (batch, channels, height, width).
+            keys: as for `prepare`.
+
+        Returns:
+            uint8 (batch, channels, height, width) on the images' device.
+        """
+        batch, _, height, width = images.shape
+        sizes = torch.tensor([height, width], device=images.device).expand(batch, 2)
+        boxes = self._boxes(sizes[:, 0], sizes[:, 1], None if keys is None else keys.to(images.device))
+        return views.crop_and_resize_batch(images, boxes, self._target_size)
+
+    def finish(
+        self, pixels: torch.Tensor, augment_keys: torch.Tensor | None = None, mask_keys: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Second half: uint8 to the model's inputs, on the device of `pixels`.
+
+        Args:
+            pixels: uint8 (batch, channels, height, width), from `prepare`.
+            augment_keys: int64 (batch,) for flips and photometric changes; None for none.
+            mask_keys: int64 (batch,) for the masks; None for no mask.
+
+        Returns:
+            pixel_values: float32 (batch, channels, height, width), normalised.
+            bool_masked_pos: bool (batch, units), True = masked, raster order, where a mask was asked for.
+        """
+        values = pixels.float() / 255
+        if augment_keys is not None:
+            values = self._augment(values, augment_keys.to(pixels.device))
+        mean = torch.tensor(self.image_mean, device=pixels.device).view(-1, 1, 1)
+        std = torch.tensor(self.image_std, device=pixels.device).view(-1, 1, 1)
+        inputs = {"pixel_values": (values - mean) / std}
+        if mask_keys is not None and self.mask_kind is not None:
+            draw = keyed_draw(mask_keys.to(pixels.device))
+            inputs["bool_masked_pos"] = masks.make_mask(
+                self.mask_kind, draw, self.mask_grid, self.mask_ratio, **self.mask_options
+            )
+        return inputs
+
+    def finish_training(self, pixels: torch.Tensor, indices: torch.Tensor, seed: int, epoch: int) -> dict:
+        """`finish` with everything drawn for the samples `indices` (int64 (batch,)) in this epoch of a seeded run."""
+        return self.finish(
+            pixels,
+            augment_keys=sample_keys(seed, epoch, indices, purpose=AUGMENT),
+            mask_keys=sample_keys(seed, epoch, indices, purpose=MASK),
+        )
+
+    def preprocess(
+        self,
+        images,
+        training: bool = False,
+        seed: int | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """Both halves.
+
+        Args:
+            images: one picture or a list of them, see `prepare`; file names and URLs are opened.
+            training: random crops and augmentation, instead of the central crop.
+            seed: makes everything that is drawn, masks included, a function of this number and the picture's place in
+                the list; by default torch's generator picks it.
+            return_tensors: "pt", or "np".
+
+        Returns:
+            `pixel_values`, float32 (batch, channels, height, width), and `bool_masked_pos`, bool (batch, units).
+        """
+        if kwargs:
+            raise TypeError(f"{type(self).__name__} does not know {', '.join(sorted(kwargs))}: set it when making it.")
+        images = self._listed(images)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        keys = [sample_keys(seed, 0, range(len(images)), purpose=purpose) for purpose in (CROP, AUGMENT, MASK)]
+        pixels = self.prepare(images, keys[CROP] if training else None)
+        inputs = self.finish(pixels, keys[AUGMENT] if training else None, keys[MASK])
+        return BatchFeature(inputs, tensor_type=return_tensors)
+
+    def denormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalised values back to [0, 1]: float (..., channels, height, width)."""
+        mean = torch.tensor(self.image_mean, device=pixel_values.device).view(-1, 1, 1)
+        std = torch.tensor(self.image_std, device=pixel_values.device).view(-1, 1, 1)
+        return (pixel_values * std + mean).clamp(0, 1)
+
+    @property
+    def _target_size(self) -> tuple[int, int]:
+        return self.size["height"], self.size["width"]
+
+    def _boxes(self, heights, widths, keys):
+        if keys is not None:
+            return views.random_resized_crop_boxes(keyed_draw(keys), heights, widths, self.crop_scale, self.crop_ratio)
+        height, width = self._target_size
+        return views.center_crop_boxes(heights, widths, width / height, self.crop_fraction)
+
+    def _crop(self, image, box):
+        if isinstance(image, Image.Image):
+            return to_uint8_tensor(views.crop_and_resize(image, box.tolist(), self._target_size, self.resample))
+        return views.crop_and_resize_batch(image[None], box[None], self._target_size)[0]
+
+    def _augment(self, values, keys):
+        draw = keyed_draw(keys)
+        flip = draw(1)[:, 0] < self.flip_probability
+        values = torch.where(flip[:, None, None, None], values.flip(-1), values)
+        return Photometric(**self.photometric)(values, draw) if self.photometric else values
+
+    def _listed(self, images) -> list:
+        """One picture, a batch or a list, as a list."""
+        if isinstance(images, str | Image.Image) or getattr(images, "ndim", None) in (2, 3):
+            images = [images]
+        return [self.fetch_images(image) if isinstance(image, str) else image for image in images]
+
+
+def _size(size) -> dict[str, int]:
+    if isinstance(size, int):
+        size = (size, size)
+    if not isinstance(size, dict):
+        size = dict(zip(("height", "width"), size, strict=True))
+    if set(size) != {"height", "width"}:
+        raise ValueError(f"size is {size}; give a number, (height, width), or a dict of 'height' and 'width'.")
+    return {"height": int(size["height"]), "width": int(size["width"])}
+
+
+def _range(name: str, values, low: float, high: float) -> list[float]:
+    first, last = values
+    if not low < first <= last <= high:
+        raise ValueError(f"{name} is {tuple(values)}; it must be (smallest, largest) in ({low}, {high}].")
+    return [float(first), float(last)]
+
+
+def _per_channel(name: str, values, num_channels: int) -> list[float]:
+    values = [float(values)] if isinstance(values, int | float) else [float(value) for value in values]
+    if len(values) == 1:
+        values *= num_channels
+    if len(values) != num_channels:
+        raise ValueError(
+            f"{name} has {len(values)} values for num_channels={num_channels}: give one number, or one per channel."
+        )
+    return values
+
+
+__all__ = ["AUGMENT", "CROP", "MASK", "MODES", "MaskedImageProcessor"]

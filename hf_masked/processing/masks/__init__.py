@@ -1,0 +1,44 @@
+"""Masks as pure functions: uniform numbers and a grid in, a boolean mask out.
+
+Every function has the form `mask(draw, grid, ratio, **options) -> bool (batch, units)` with True = masked, raster
+order and the same count in every row. They run on whatever device `draw` draws on. A new kind is one file here and
+one line in `MASKS`, or `register_mask` from outside the package.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from hf_masked.processing.masks.block import block_mask
+from hf_masked.processing.masks.counts import num_masked_units
+from hf_masked.processing.masks.grid import grid_mask
+from hf_masked.processing.masks.random import random_mask
+from hf_masked.randomness import Draw
+
+MaskFunction = Callable[..., torch.Tensor]
+
+MASKS: dict[str, MaskFunction] = {"random": random_mask, "block": block_mask, "grid": grid_mask}
+
+
+def register_mask(name: str, function: MaskFunction) -> None:
+    """Makes `function` available as `mask_kind=name`.
+
+    Raises:
+        ValueError: if the name is taken by another function.
+    """
+    if MASKS.setdefault(name, function) is not function:
+        raise ValueError(f"A mask named {name!r} exists already ({MASKS[name].__module__}): choose another name.")
+
+
+def make_mask(kind: str, draw: Draw, grid: tuple[int, ...], ratio: float, **options) -> torch.Tensor:
+    """The mask of the given kind: bool (batch, units), see the functions of `MASKS`.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    if kind not in MASKS:
+        raise ValueError(f"Unknown mask kind {kind!r}; known are {', '.join(sorted(MASKS))}.")
+    return MASKS[kind](draw, grid, ratio, **options)
+
+
+__all__ = ["MASKS", "block_mask", "grid_mask", "make_mask", "num_masked_units", "random_mask", "register_mask"]

@@ -1,0 +1,107 @@
+"""Changes of colour and sharpness on batches of pictures, on any device, with kornia's functional operators.
+
+Each sample's strength comes from its own uniform numbers (see `hf_masked.randomness`), which kornia's augmentation
+classes, drawing from torch's global generator, could not promise.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from hf_masked.randomness import Draw
+
+
+@dataclass(frozen=True)
+class Photometric:
+    """Strengths and probabilities of the augmentations, applied in this order; the zeros switch each of them off.
+
+    Unlike torchvision's ColorJitter the four jitters always come in the order in which they stand here.
+
+    Args:
+        jitter_probability: share of the pictures whose colours are jittered.
+        brightness, contrast, saturation: a factor in [max(0, 1 - x), 1 + x] each.
+        hue: a shift in [-x, x] of the full colour circle, x at most 0.5.
+        grayscale_probability: share of the pictures turned to gray.
+        blur_probability: share of the pictures that are blurred.
+        blur_sigma: smallest and largest standard deviation of the Gaussian blur, in pixels.
+        solarize_probability: share of the pictures whose values above one half are inverted.
+    """
+
+    jitter_probability: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    grayscale_probability: float = 0.0
+    blur_probability: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_probability: float = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "blur_sigma", tuple(self.blur_sigma))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_probability") and not 0.0 <= value <= 1.0:
+                raise ValueError(f"photometric.{field.name} is {value}; a probability lies in [0, 1].")
+        if not 0.0 <= self.hue <= 0.5:
+            raise ValueError(f"photometric.hue is {self.hue}; it must lie in [0, 0.5].")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def __call__(self, pixels: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Augments a batch.
+
+        Args:
+            pixels: float (batch, channels, height, width) in [0, 1]; saturation, hue and gray act on three channels.
+            draw: source of uniform numbers; how many are taken does not depend on the settings.
+        """
+        choose_jitter, brightness, contrast, saturation, hue, choose_gray, choose_blur, sigma, choose_solarize = draw(
+            9
+        ).unbind(dim=1)
+        if self.jitter_probability:
+            jittered = self._jitter(pixels, brightness, contrast, saturation, hue)
+            pixels = _where(choose_jitter < self.jitter_probability, jittered, pixels)
+        if self.grayscale_probability and pixels.shape[1] == 3:
+            from kornia.color import rgb_to_grayscale
+
+            gray = rgb_to_grayscale(pixels).expand_as(pixels)
+            pixels = _where(choose_gray < self.grayscale_probability, gray, pixels)
+        if self.blur_probability:
+            pixels = _where(choose_blur < self.blur_probability, self._blur(pixels, sigma), pixels)
+        if self.solarize_probability:
+            solarized = torch.where(pixels < 0.5, pixels, 1.0 - pixels)
+            pixels = _where(choose_solarize < self.solarize_probability, solarized, pixels)
+        return pixels
+
+    def _jitter(self, pixels, brightness, contrast, saturation, hue):
+        from kornia.enhance import (
+            adjust_brightness_accumulative,
+            adjust_contrast_with_mean_subtraction,
+            adjust_hue,
+            adjust_saturation_with_gray_subtraction,
+        )
+
+        pixels = adjust_brightness_accumulative(pixels, _factor(brightness, self.brightness))
+        pixels = adjust_contrast_with_mean_subtraction(pixels, _factor(contrast, self.contrast))
+        if pixels.shape[1] == 3:
+            pixels = adjust_saturation_with_gray_subtraction(pixels, _factor(saturation, self.saturation))
+            pixels = adjust_hue(pixels, (2 * hue - 1) * self.hue * 2 * torch.pi)
+        return pixels
+
+    def _blur(self, pixels, sigma):
+        from kornia.filters import gaussian_blur2d
+
+        low, high = self.blur_sigma
+        sigma = low + (high - low) * sigma
+        size = 2 * min(round(3 * high), (min(pixels.shape[-2:]) - 1) // 2) + 1  # three deviations, inside the picture
+        return gaussian_blur2d(pixels, (size, size), torch.stack([sigma, sigma], dim=1))
+
+
+def _factor(number: torch.Tensor, strength: float) -> torch.Tensor:
+    low = max(0.0, 1.0 - strength)
+    return low + (1.0 + strength - low) * number
+
+
+def _where(chosen: torch.Tensor, changed: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    return torch.where(chosen[:, None, None, None], changed, pixels)

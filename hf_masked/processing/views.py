@@ -1,0 +1,123 @@
+"""Views of pictures: where to crop, and cropping and resizing in one step.
+
+Boxes are `(top, left, height, width)` in pixels of the source. A box is a function of uniform numbers, so one
+sample's view is the same whether a worker crops a photograph with Pillow or the device crops a resident batch.
+"""
+
+import math
+
+import torch
+from PIL import Image
+
+from hf_masked.randomness import Draw
+
+# torchvision's RandomResizedCrop proposes ten boxes and falls back to a central one.
+PROPOSALS = 10
+
+
+def random_resized_crop_boxes(
+    draw: Draw,
+    heights: torch.Tensor,
+    widths: torch.Tensor,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> torch.Tensor:
+    """Boxes of a random area and aspect ratio, distributed as torchvision's RandomResizedCrop draws them.
+
+    Args:
+        draw: source of uniform numbers.
+        heights, widths: int64 (batch,) sizes of the pictures in pixels.
+        scale: smallest and largest share of the picture's area.
+        ratio: smallest and largest width over height.
+
+    Returns:
+        int64 (batch, 4): top, left, height, width.
+    """
+    numbers = draw(2 * PROPOSALS + 2)
+    full_height, full_width = heights.float()[:, None], widths.float()[:, None]
+    area = full_height * full_width * _between(numbers[:, :PROPOSALS], *scale)
+    log_ratio = _between(numbers[:, PROPOSALS : 2 * PROPOSALS], math.log(ratio[0]), math.log(ratio[1]))
+    aspect = log_ratio.exp()  # (batch, proposals)
+    width = (area * aspect).sqrt().round()
+    height = (area / aspect).sqrt().round()
+    fits = (width >= 1) & (height >= 1) & (width <= full_width) & (height <= full_height)
+    first = fits.float().argmax(dim=1, keepdim=True)
+    fallback_height, fallback_width = _largest_box(full_height, full_width, ratio)
+    height = torch.where(fits.any(dim=1, keepdim=True), height.gather(1, first), fallback_height)
+    width = torch.where(fits.any(dim=1, keepdim=True), width.gather(1, first), fallback_width)
+    found = fits.any(dim=1, keepdim=True)
+    top = torch.where(found, numbers[:, -2:-1] * (full_height - height + 1), (full_height - height) / 2).floor()
+    left = torch.where(found, numbers[:, -1:] * (full_width - width + 1), (full_width - width) / 2).floor()
+    return torch.cat([top, left, height, width], dim=1).long()
+
+
+def center_crop_boxes(heights: torch.Tensor, widths: torch.Tensor, aspect: float, fraction: float) -> torch.Tensor:
+    """The central box of width / height `aspect` that covers `fraction` of the largest such box's side.
+
+    Resizing this box is the usual "resize the short side, crop the centre" in one step.
+
+    Returns:
+        int64 (batch, 4): top, left, height, width.
+    """
+    height, width = _largest_box(heights.float(), widths.float(), (aspect, aspect))
+    height, width = (height * fraction).round().clamp(min=1), (width * fraction).round().clamp(min=1)
+    top, left = ((heights - height) / 2).round(), ((widths - width) / 2).round()
+    return torch.stack([top, left, height, width], dim=-1).long()
+
+
+def crop_and_resize(
+    image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int], resample: int
+) -> Image.Image:
+    """Crops a Pillow picture to `box` and resizes it to `size` = (height, width) in ONE resize call."""
+    top, left, height, width = box
+    return image.resize((size[1], size[0]), resample=resample, box=(left, top, left + width, top + height))
+
+
+def crop_and_resize_batch(images: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Crops and resizes a batch of equally sized pictures on their device, each to its own box.
+
+    The filter is Pillow's antialiased bicubic one, written as two small matrix products per picture, so that the
+    result agrees with `crop_and_resize` up to rounding.
+
+    Args:
+        images: uint8 (batch, channels, height, width).
+        boxes: int64 (batch, 4), see `random_resized_crop_boxes`.
+        size: (height, width) of the result.
+
+    Returns:
+        uint8 (batch, channels, *size).
+    """
+    boxes = boxes.to(images.device)
+    rows = _bicubic_matrices(boxes[:, 0], boxes[:, 2], images.shape[2], size[0])  # (batch, out height, height)
+    columns = _bicubic_matrices(boxes[:, 1], boxes[:, 3], images.shape[3], size[1])  # (batch, out width, width)
+    pixels = images.float().transpose(2, 3)  # (batch, channels, width, height): Pillow too resizes rows first
+    pixels = (columns[:, None] @ pixels).round().clamp(0, 255)  # (batch, channels, out width, height)
+    pixels = rows[:, None] @ pixels.transpose(2, 3)  # (batch, channels, out height, out width)
+    return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _bicubic_matrices(start: torch.Tensor, length: torch.Tensor, source: int, target: int) -> torch.Tensor:
+    """Resampling weights (batch, target, source) along one axis, for the source's part [start, start + length)."""
+    step = length.float()[:, None] / target
+    widening = step.clamp(min=1.0)  # the kernel grows with the reduction: antialiasing
+    centre = start.float()[:, None] + (torch.arange(target, device=start.device) + 0.5) * step  # (batch, target)
+    # Pillow's kernel spans two (widened) pixels each way and is cut at the edges of the whole picture, not the box.
+    position = torch.arange(source, device=start.device) + 0.5
+    distance = ((position - centre[..., None]) / widening[..., None]).abs()  # (batch, target, source)
+    weights = torch.where(
+        distance < 1,
+        (1.5 * distance - 2.5) * distance * distance + 1,
+        torch.where(distance < 2, ((-0.5 * distance + 2.5) * distance - 4) * distance + 2, 0.0),
+    )
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def _between(numbers: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return low + (high - low) * numbers
+
+
+def _largest_box(full_height: torch.Tensor, full_width: torch.Tensor, ratio: tuple[float, float]):
+    """Height and width of the largest box whose width / height lies in `ratio`."""
+    width = torch.minimum(full_width, (full_height * ratio[1]).round())
+    height = torch.minimum(full_height, (full_width / ratio[0]).round())
+    return height, width
