@@ -1,1 +1,21 @@
-"""Masked modelling and Siamese learning for transformers."""
+"""Masked modelling and Siamese learning for transformers.
+
+Importing this package registers every variant with transformers' Auto classes.
+"""
+
+from transformers import AutoImageProcessor
+
+from hf_masked.modeling.masked_image import *  # noqa: F403
+from hf_masked.modeling.masked_image import __all__ as _masked_image
+from hf_masked.modeling.registry import CATALOGUE, get_variant
+from hf_masked.processing import image_processing
+from hf_masked.processing.image_processing import MaskedImageProcessor
+
+__version__ = "0.1.0"
+
+for _variant in CATALOGUE.values():
+    if _variant.config.modality == "image":
+        _processor = getattr(image_processing, _variant.config.processor)
+        AutoImageProcessor.register(_variant.config, image_processor_classes={"pil": _processor})
+
+__all__ = ["CATALOGUE", "MaskedImageProcessor", "get_variant", *_masked_image]

@@ -40,13 +40,13 @@ def _mix(value: torch.Tensor) -> torch.Tensor:
 
 
 def sample_keys(
-    seed: int, epoch: int, indices: torch.Tensor | Sequence[int], view: int = 0, purpose: int = 0
+    seed: int, epoch: int | torch.Tensor, indices: torch.Tensor | Sequence[int], view: int = 0, purpose: int = 0
 ) -> torch.Tensor:
     """Keys of samples.
 
     Args:
         seed: the run's seed.
-        epoch: the pass over the data, from 0.
+        epoch: the pass over the data, from 0; or int64 (batch,), one for each sample.
         indices: (batch,) the samples' positions in the data set.
         view: which view of the sample, from 0.
         purpose: separates draws made at different places (a crop in a worker, a mask on the device).
@@ -56,7 +56,8 @@ def sample_keys(
     """
     keys = torch.as_tensor(indices, dtype=torch.int64)
     for number in (seed, epoch, view, purpose):
-        keys = _mix(keys + _signed((number + 1) * _GAMMA))
+        step = number * _signed(_GAMMA) if isinstance(number, torch.Tensor) else _signed(number * _GAMMA)
+        keys = _mix(keys + step + _signed(_GAMMA))
     return keys
 
 

@@ -157,12 +157,14 @@ class MaskedImageProcessor(BaseImageProcessor):
             )
         return inputs
 
-    def finish_training(self, pixels: torch.Tensor, indices: torch.Tensor, seed: int, epoch: int) -> dict:
-        """`finish` with everything drawn for the samples `indices` (int64 (batch,)) in this epoch of a seeded run."""
+    def finish_training(
+        self, pixels: torch.Tensor, indices: torch.Tensor, seed: int, epochs: int | torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """`finish` with everything drawn for the samples `indices`, int64 (batch,), in their epochs of a seeded run."""
         return self.finish(
             pixels,
-            augment_keys=sample_keys(seed, epoch, indices, purpose=AUGMENT),
-            mask_keys=sample_keys(seed, epoch, indices, purpose=MASK),
+            augment_keys=sample_keys(seed, epochs, indices, purpose=AUGMENT),
+            mask_keys=sample_keys(seed, epochs, indices, purpose=MASK),
         )
 
     def preprocess(

@@ -1,0 +1,1 @@
+"""Models: one file per paper, in one folder per family, on the shared parts in `parts/`."""

@@ -1,0 +1,5 @@
+"""Masked image modelling that predicts pixels or fixed functions of them."""
+
+from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
+
+__all__ = ["MAEConfig", "MAEForImageClassification", "MAEForPreTraining", "MAEModel"]

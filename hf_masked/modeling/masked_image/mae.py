@@ -1,0 +1,446 @@
+"""MAE: drop three quarters of the patches, encode the rest, and let a small decoder regress the missing pixels.
+
+Kaiming He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377.
+Reference implementation: https://github.com/facebookresearch/mae (`models_mae.py`).
+"""
+
+import re
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedConfig, ViTConfig
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from hf_masked.modeling.base import VariantConfig, VariantModel
+from hf_masked.modeling.outputs import MaskedPreTrainingOutput
+from hf_masked.modeling.parts.backbones import (
+    VISIBLE_TOKEN_BACKBONES,
+    backbone_grid,
+    check_visible_token_backbone,
+    encode_visible,
+    init_vit_as_mae,
+    num_prefix_tokens,
+)
+from hf_masked.modeling.parts.decoders import MaskTokenDecoder
+from hf_masked.modeling.parts.losses import masked_mean
+from hf_masked.modeling.parts.patches import (
+    check_mask,
+    check_pixel_values,
+    pair,
+    patchify,
+    unpatchify,
+    visible_indices,
+)
+from hf_masked.modeling.parts.targets import denormalize_patches, normalize_patches
+from hf_masked.modeling.registry import register_variant
+from hf_masked.processing.masks import MASKS, make_mask, num_masked_units
+from hf_masked.randomness import given_draw, model_draw
+
+
+class MAEConfig(VariantConfig):
+    """Config of MAE.
+
+    Args:
+        backbone_config: a ViT, DeiT or DINOv2 config; ViT-B/16 by default.
+        mask_ratio: share of the patches that the encoder does not see, in [0, 1).
+        mask_kind: a name in `hf_masked.processing.masks.MASKS`.
+        mask_options: further arguments of the mask function.
+        norm_pix_loss: predict each patch less its mean and over its standard deviation (the paper's recipe).
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: of the
+            decoder, whatever the encoder (paper, table 1).
+        fixed_positions: the backbone's position table is the fixed sine-cosine one; False keeps a learned table.
+        classifier_pooling: what `MAEForImageClassification` reads: "mean" of the patch tokens, or "cls".
+    """
+
+    model_type = "hf_masked_mae"
+    paper_title: ClassVar[str] = "Masked Autoencoders Are Scalable Vision Learners"
+    paper_year: ClassVar[int] = 2021
+    arxiv_id: ClassVar[str] = "2111.06377"
+    reference_repository: ClassVar[str] = "https://github.com/facebookresearch/mae"
+    weights_licence: ClassVar[str] = "CC BY-NC 4.0"
+    masks: ClassVar[str] = "random patches, dropped before the encoder"
+    predicts: ClassVar[str] = "pixels of the masked patches"
+    backbones: ClassVar[tuple[str, ...]] = tuple(VISIBLE_TOKEN_BACKBONES)
+
+    mask_ratio: float = 0.75
+    mask_kind: str = "random"
+    mask_options: dict | None = None
+    norm_pix_loss: bool = True
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+    fixed_positions: bool = True
+    classifier_pooling: str = "mean"
+
+    def check(self) -> None:
+        super().check()
+        check_visible_token_backbone(self.backbone_config)
+        if not 0.0 <= self.mask_ratio < 1.0:
+            raise ValueError(
+                f"mask_ratio is {self.mask_ratio}; it must lie in [0, 1), because the encoder needs patches to see. "
+                "The paper's is 0.75."
+            )
+        if self.mask_kind not in MASKS:
+            raise ValueError(f"mask_kind is {self.mask_kind!r}; known are {', '.join(sorted(MASKS))}.")
+        if self.decoder_hidden_size % self.decoder_num_attention_heads:
+            raise ValueError(
+                f"decoder_hidden_size={self.decoder_hidden_size} is no multiple of "
+                f"decoder_num_attention_heads={self.decoder_num_attention_heads}."
+            )
+        if self.classifier_pooling not in ("mean", "cls"):
+            raise ValueError(f"classifier_pooling is {self.classifier_pooling!r}; it must be 'mean' or 'cls'.")
+
+    @classmethod
+    def of_backbone(cls, backbone_config: PreTrainedConfig, **arguments) -> "MAEConfig":
+        # A pretrained encoder brings its own positions.
+        return cls(backbone_config=backbone_config, **{"fixed_positions": False, **arguments})
+
+    def processor_settings(self) -> dict:
+        return super().processor_settings() | {
+            "mask_unit": pair(self.backbone_config.patch_size),
+            "mask_ratio": self.mask_ratio,
+            "mask_kind": self.mask_kind,
+            "mask_options": self.mask_options,
+        }
+
+
+class MAEPreTrainedModel(VariantModel):
+    """Initialisation and freezing that all classes of MAE share."""
+
+    config: MAEConfig
+    _no_split_modules: ClassVar[list[str]] = ["ViTLayer", "DeiTLayer", "Dinov2Layer", "TransformerBlock"]
+    # Recorded inside the backbone, with the backbone's own classes.
+    _can_record_outputs: ClassVar[dict] = {
+        "hidden_states": OutputRecorder(target_class=None),
+        "attentions": OutputRecorder(target_class=None, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            init_vit_as_mae(self.backbone, self.config.fixed_positions)
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, MaskTokenDecoder):
+            module.init_weights()
+
+    def frozen_parameters(self):
+        embeddings = self.backbone.embeddings
+        if self.config.fixed_positions:
+            yield embeddings.position_embeddings
+        # DINOv2's mask token: MAE's encoder never sees one.
+        if getattr(embeddings, "mask_token", None) is not None:
+            yield embeddings.mask_token
+
+    def _check_inputs(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> tuple[int, int]:
+        """The grid of patches; raises a ValueError for inputs that do not fit."""
+        config = self.config.backbone_config
+        grid = check_pixel_values(pixel_values, config.num_channels, pair(config.patch_size))
+        if bool_masked_pos is not None:
+            check_mask(bool_masked_pos, pixel_values.shape[0], grid)
+        return grid
+
+    def _visible(self, bool_masked_pos: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Visible indices; a compiled forward takes the count from the config instead of reading the mask."""
+        compiling = torch.compiler.is_compiling()
+        return visible_indices(bool_masked_pos, num_masked_units(grid, self.config.mask_ratio) if compiling else None)
+
+
+class MAEModel(MAEPreTrainedModel):
+    """The encoder: without a mask it is the plain backbone, with one it sees the visible patches only."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"decoder\..*"]
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
+        """Encodes pictures.
+
+        Args:
+            pixel_values: float (batch, channels, height, width), normalised; the patch must divide both sizes.
+            bool_masked_pos: bool (batch, units), True = masked, the same count in each row.
+
+        Returns:
+            last_hidden_state: (batch, prefix + visible, hidden), the class token first.
+
+        Raises:
+            ValueError: for other channels, sizes or mask shapes.
+        """
+        grid = self._check_inputs(pixel_values, bool_masked_pos)
+        visible = None if bool_masked_pos is None else self._visible(bool_masked_pos, grid)
+        return BaseModelOutput(last_hidden_state=encode_visible(self.backbone, pixel_values, visible, **kwargs))
+
+
+class MAEForPreTraining(MAEPreTrainedModel):
+    """Encoder, decoder and the loss on masked patches."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config)
+        self.patch_size = pair(config.backbone_config.patch_size)
+        self.decoder = MaskTokenDecoder(
+            config,
+            encoder_size=config.hidden_size,
+            hidden_size=config.decoder_hidden_size,
+            num_hidden_layers=config.decoder_num_hidden_layers,
+            num_attention_heads=config.decoder_num_attention_heads,
+            intermediate_size=config.decoder_intermediate_size,
+            grid=backbone_grid(config.backbone_config),
+            output_size=self.patch_size[0] * self.patch_size[1] * config.num_channels,
+            num_prefix_tokens=num_prefix_tokens(config.backbone_config),
+        )
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        return_loss: bool = True,
+        **kwargs,
+    ) -> MaskedPreTrainingOutput:
+        """One step of masked autoencoding.
+
+        Args:
+            pixel_values: float (batch, channels, height, width), normalised; the patch must divide both sizes.
+            bool_masked_pos: bool (batch, units), True = masked, the same count in each row; drawn here by default.
+            noise: float (batch, units), distinct numbers from which to draw the mask: the smallest stay visible.
+            generator: to draw the mask from.
+            return_loss: whether to compute the loss.
+
+        Returns:
+            `MaskedPreTrainingOutput`; `logits` are (batch, units, patch height * patch width * channels) in
+            `patchify` order, of normalised pixels with `norm_pix_loss`.
+
+        Raises:
+            ValueError: for other channels, sizes or mask shapes.
+        """
+        grid = self._check_inputs(pixel_values, bool_masked_pos)
+        if bool_masked_pos is None:
+            bool_masked_pos = self.draw_mask(pixel_values, grid, noise, generator)
+        visible = self._visible(bool_masked_pos, grid)  # (batch, visible)
+        encoded = encode_visible(self.backbone, pixel_values, visible, **kwargs)  # (batch, prefix + visible, hidden)
+        logits = self.decoder(encoded, visible, grid)  # (batch, units, values)
+        loss = self.loss(pixel_values, logits, bool_masked_pos) if return_loss else None
+        return MaskedPreTrainingOutput(
+            loss=loss,
+            losses=None if loss is None else {"reconstruction": loss.detach()},
+            last_hidden_state=encoded,
+            logits=logits,
+            mask=bool_masked_pos,
+        )
+
+    def draw_mask(self, pixel_values, grid, noise=None, generator=None) -> torch.Tensor:
+        """bool (batch, units): from `noise`, from `generator`, or as `model_draw` says."""
+        if noise is not None:
+            draw = given_draw(noise)
+        else:
+            draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator)
+        return make_mask(self.config.mask_kind, draw, grid, self.config.mask_ratio, **(self.config.mask_options or {}))
+
+    def loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+        """Mean squared error over the pixels of masked patches (paper, section 3; `forward_loss`)."""
+        target = patchify(pixel_values.float(), self.patch_size)  # (batch, units, values)
+        if self.config.norm_pix_loss:
+            target = normalize_patches(target)
+        return masked_mean((logits.float() - target).square().mean(dim=-1), bool_masked_pos)
+
+    @torch.no_grad()
+    def pictures(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> dict:
+        """What there is to see: name of the panel -> (batch, channels, height, width), normalised as the input.
+
+        With `norm_pix_loss` the predictions are drawn with the mean and deviation of the TRUE patches, which the
+        model does not know; the panel's name says so.
+        """
+        output = self(pixel_values, bool_masked_pos, return_loss=False)
+        grid = self._check_inputs(pixel_values, None)
+        patches = patchify(pixel_values.float(), self.patch_size)
+        predicted = output.logits.float()
+        if self.config.norm_pix_loss:
+            predicted = denormalize_patches(predicted, patches)
+        hidden = output.mask.unsqueeze(-1)
+        panels = {
+            "picture": patches,
+            "masked": patches.masked_fill(hidden, 0.0),
+            "reconstruction" + (" (true patch statistics)" if self.config.norm_pix_loss else ""): torch.where(
+                hidden, predicted, patches
+            ),
+        }
+        return {name: unpatchify(panel, grid, self.patch_size) for name, panel in panels.items()}
+
+
+class MAEForImageClassification(MAEPreTrainedModel):
+    """The fine-tuning encoder: mean of the patch tokens, a norm of its own and a linear layer (`models_vit.py`)."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config)
+        if config.classifier_pooling == "mean":
+            # As in the reference: the encoder's final norm gives way to one after the pooling.
+            self.backbone.layernorm = nn.Identity()
+            self.fc_norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        else:
+            self.fc_norm = nn.Identity()
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    # The encoder's norm, which mean pooling leaves out, and the decoder.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"backbone\.layernorm\..*", r"decoder\..*"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            # The reference's `main_finetune.py` starts the head near zero.
+            init.trunc_normal_(self.classifier.weight, std=2e-5)
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutput:
+        """Classifies pictures.
+
+        Args:
+            pixel_values: float (batch, channels, height, width).
+            labels: int64 (batch,), for the cross-entropy.
+
+        Returns:
+            logits: (batch, num_labels).
+        """
+        self._check_inputs(pixel_values, None)
+        tokens = encode_visible(self.backbone, pixel_values, **kwargs)  # (batch, prefix + units, hidden)
+        prefix = num_prefix_tokens(self.config.backbone_config)
+        pooled = tokens[:, prefix:].mean(dim=1) if self.config.classifier_pooling == "mean" else tokens[:, 0]
+        logits = self.classifier(self.fc_norm(pooled))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+# The heads of the released models, by width: their checkpoints do not say.
+OFFICIAL_HEADS = {768: 12, 1024: 16, 1280: 16}
+
+
+def official_config(state_dict: dict[str, torch.Tensor]) -> MAEConfig:
+    """The config of an official checkpoint, read from its shapes.
+
+    Raises:
+        ValueError: if the number of heads cannot be known, because the width is none of the released ones.
+    """
+    hidden_size, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+    if hidden_size not in OFFICIAL_HEADS:
+        raise ValueError(
+            f"The checkpoint's encoder is {hidden_size} wide and does not say how many heads it has; that is known for "
+            f"the released widths ({', '.join(map(str, OFFICIAL_HEADS))}) only: pass a config."
+        )
+    grid = round((state_dict["pos_embed"].shape[1] - 1) ** 0.5)
+    backbone_config = ViTConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=_depth(state_dict, "blocks"),
+        num_attention_heads=OFFICIAL_HEADS[hidden_size],
+        intermediate_size=state_dict["blocks.0.mlp.fc1.weight"].shape[0],
+        layer_norm_eps=1e-6,
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        num_channels=num_channels,
+    )
+    if "decoder_embed.weight" not in state_dict:
+        return MAEConfig(backbone_config=backbone_config)
+    return MAEConfig(
+        backbone_config=backbone_config,
+        decoder_hidden_size=state_dict["decoder_embed.weight"].shape[0],
+        decoder_num_hidden_layers=_depth(state_dict, "decoder_blocks"),
+        decoder_intermediate_size=state_dict["decoder_blocks.0.mlp.fc1.weight"].shape[0],
+    )
+
+
+def _depth(state_dict: dict, blocks: str) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith(f"{blocks}."))
+
+
+# Official name -> ours, for everything but the encoder's fused queries, keys and values.
+_RENAMING = (
+    (r"^cls_token$", "backbone.embeddings.cls_token"),
+    (r"^pos_embed$", "backbone.embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "backbone.embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "backbone.layernorm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"backbone.layers.\1.layernorm_before."),
+    (r"^blocks\.(\d+)\.norm2\.", r"backbone.layers.\1.layernorm_after."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"backbone.layers.\1.attention.o_proj."),
+    (r"^blocks\.(\d+)\.mlp\.", r"backbone.layers.\1.mlp."),
+    (r"^mask_token$", "decoder.mask_token"),
+    (r"^decoder_pos_embed$", "decoder.position_embeddings"),
+    (r"^decoder_embed\.", "decoder.embedding."),
+    (r"^decoder_norm\.", "decoder.norm."),
+    (r"^decoder_pred\.", "decoder.head."),
+    (r"^decoder_blocks\.(\d+)\.norm1\.", r"decoder.layers.\1.attention_norm."),
+    (r"^decoder_blocks\.(\d+)\.norm2\.", r"decoder.layers.\1.feed_forward_norm."),
+    (r"^decoder_blocks\.(\d+)\.attn\.qkv\.", r"decoder.layers.\1.attention.qkv."),
+    (r"^decoder_blocks\.(\d+)\.attn\.proj\.", r"decoder.layers.\1.attention.projection."),
+    (r"^decoder_blocks\.(\d+)\.mlp\.fc1\.", r"decoder.layers.\1.feed_forward.0."),
+    (r"^decoder_blocks\.(\d+)\.mlp\.fc2\.", r"decoder.layers.\1.feed_forward.2."),
+)
+
+
+def convert_official_weights(state_dict: dict[str, torch.Tensor], config: MAEConfig) -> dict[str, torch.Tensor]:
+    """Official names to ours; names that are not known stay as they are, for strict loading to report.
+
+    Args:
+        state_dict: of `models_mae.py`, with or without the decoder.
+        config: unused here; other variants' conversions need it.
+    """
+    converted = {}
+    for name, tensor in state_dict.items():
+        fused = re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name)
+        if fused:
+            # The fused matrix stacks queries, keys and values.
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                converted[f"backbone.layers.{fused[1]}.attention.{part}_proj.{fused[2]}"] = rows.clone()
+            continue
+        for pattern, replacement in _RENAMING:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = tensor
+    return converted
+
+
+def tiny_config() -> MAEConfig:
+    backbone_config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        layer_norm_eps=1e-6,
+        image_size=32,
+        patch_size=8,
+    )
+    return MAEConfig(
+        backbone_config=backbone_config,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+    )
+
+
+register_variant(
+    config=MAEConfig,
+    pretraining=MAEForPreTraining,
+    model=MAEModel,
+    heads={AutoModelForImageClassification: MAEForImageClassification},
+    tiny_config=tiny_config,
+    convert=convert_official_weights,
+    official_config=official_config,
+)

@@ -1,0 +1,143 @@
+"""Stock transformers backbones: building them without a pooler, and running ViTs on visible tokens only."""
+
+import inspect
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from hf_masked.modeling.parts.patches import pair, patch_grid, patchify, take
+from hf_masked.modeling.parts.position_embeddings import interpolate_positions, sincos_positions_2d
+
+# Backbones whose tokens are patches of one grid after some prefix tokens, and whose layers do not care which of the
+# patches they see: model_type -> number of prefix tokens (class token, DeiT's distillation token).
+VISIBLE_TOKEN_BACKBONES = {"vit": 1, "deit": 2, "dinov2": 1}
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """The stock model of a config with new weights, without the pooler that no pretraining loss would reach."""
+    return AutoModel.from_config(config, **_without_pooler(config))
+
+
+def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
+    """The stock model of a checkpoint (a folder or a Hub id), without its pooler."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name_or_path)
+    return AutoModel.from_pretrained(name_or_path, config=config, **_without_pooler(config), **kwargs)
+
+
+def _without_pooler(config: PreTrainedConfig) -> dict:
+    arguments = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in arguments else {}
+
+
+def num_prefix_tokens(backbone_config: PreTrainedConfig) -> int:
+    """Tokens before the patches."""
+    return VISIBLE_TOKEN_BACKBONES[backbone_config.model_type]
+
+
+def backbone_grid(backbone_config: PreTrainedConfig) -> tuple[int, int]:
+    """(rows, columns) of patches at the config's own picture size."""
+    return patch_grid(*pair(backbone_config.image_size), pair(backbone_config.patch_size))
+
+
+def check_visible_token_backbone(config: PreTrainedConfig) -> None:
+    """Raises a ValueError for a backbone that cannot run on visible tokens, or whose patch does not divide."""
+    if config.model_type not in VISIBLE_TOKEN_BACKBONES:
+        raise ValueError(
+            f"A backbone of type {config.model_type!r} cannot encode visible patches alone; use one of "
+            f"{', '.join(VISIBLE_TOKEN_BACKBONES)}."
+        )
+    backbone_grid(config)
+
+
+def encode_visible(
+    backbone: PreTrainedModel, pixel_values: torch.Tensor, visible: torch.Tensor | None = None, **kwargs
+) -> torch.Tensor:
+    """Runs a ViT, DeiT or DINOv2 on some of a picture's patches; on all of them it is the plain backbone.
+
+    Pictures of another size than the config's get a position table that is interpolated in two dimensions.
+
+    Args:
+        pixel_values: float (batch, channels, height, width).
+        visible: int64 (batch, visible) raster positions of the patches to see, or None for all.
+        kwargs: passed to the layers.
+
+    Returns:
+        (batch, prefix + visible, hidden), after the final norm.
+    """
+    hidden_states = _embed_visible(backbone, pixel_values, visible)
+    for layer in _layers(backbone):
+        hidden_states = layer(hidden_states, None, **kwargs)
+    return backbone.layernorm(hidden_states)
+
+
+def _embed_visible(backbone, pixel_values, visible):
+    """Prefix tokens and embedded patches with their positions: (batch, prefix + visible, hidden)."""
+    embeddings = backbone.embeddings
+    projection = embeddings.patch_embeddings.projection
+    patch_size = pair(backbone.config.patch_size)
+    grid = patch_grid(*pixel_values.shape[-2:], patch_size)
+    positions = interpolate_positions(embeddings.position_embeddings, backbone_grid(backbone.config), grid)
+    prefix = _prefix_tokens(embeddings)  # (1, prefix, hidden)
+    prefix = prefix + positions[:, : prefix.shape[1]]
+    positions = positions[:, prefix.shape[1] :]  # (1, units, hidden)
+    # A convolution whose stride is its kernel is a linear layer on patches, and as such runs on the visible ones only.
+    patches = patchify(pixel_values, patch_size)
+    if visible is not None:
+        patches, positions = take(patches, visible), positions[0][visible]
+    weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
+    tokens = F.linear(patches.to(weight.dtype), weight, projection.bias) + positions
+    return embeddings.dropout(torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1))
+
+
+def _prefix_tokens(embeddings: nn.Module) -> torch.Tensor:
+    if hasattr(embeddings, "distillation_token"):
+        return torch.cat([embeddings.cls_token, embeddings.distillation_token], dim=1)
+    return embeddings.cls_token
+
+
+def _layers(backbone: PreTrainedModel) -> nn.ModuleList:
+    return backbone.encoder.layer if hasattr(backbone, "encoder") else backbone.layers
+
+
+@torch.no_grad()
+def init_vit_as_mae(backbone: PreTrainedModel, fixed_positions: bool) -> None:
+    """MAE's initialisation of a stock ViT, DeiT or DINOv2, of what has not been loaded from a checkpoint.
+
+    Xavier-uniform for every linear layer, with queries, keys and values counted as one matrix; the patch convolution
+    likewise as a linear layer; tokens normal(0, 0.02); with `fixed_positions`, the sine-cosine table with zeros for
+    the prefix tokens (MAE, appendix A.1 and `models_mae.py`).
+    """
+    embeddings = backbone.embeddings
+    _xavier_uniform_as_matrix(embeddings.patch_embeddings.projection.weight)
+    for token in (embeddings.cls_token, getattr(embeddings, "distillation_token", None)):
+        if token is not None:
+            init.normal_(token, std=0.02)
+    for name, module in _layers(backbone).named_modules():
+        if isinstance(module, nn.Linear):
+            is_qkv = name.rsplit(".", 1)[-1] in ("q_proj", "k_proj", "v_proj")
+            # One third of a (3 hidden, hidden) matrix has the bound sqrt(6 / 4 hidden), not sqrt(6 / 2 hidden).
+            init.xavier_uniform_(module.weight, gain=math.sqrt(0.5) if is_qkv else 1.0)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+    if fixed_positions:
+        init.copy_(embeddings.position_embeddings, sincos_table_of(backbone.config))
+
+
+def sincos_table_of(backbone_config: PreTrainedConfig) -> torch.Tensor:
+    """MAE's position table for a backbone: (1, prefix + units, hidden), zeros for the prefix."""
+    table = sincos_positions_2d(backbone_config.hidden_size, backbone_grid(backbone_config))
+    zeros = torch.zeros(num_prefix_tokens(backbone_config), backbone_config.hidden_size, device="cpu")
+    return torch.cat([zeros, table]).unsqueeze(0)
+
+
+def _xavier_uniform_as_matrix(weight: torch.Tensor) -> None:
+    # `init` functions look at a mark on the tensor, which a view would lose.
+    if not getattr(weight, "_is_hf_initialized", False):
+        nn.init.xavier_uniform_(weight.flatten(1))
