@@ -97,6 +97,13 @@ class VariantModel(PreTrainedModel):
         super().post_init()
         self.freeze()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Classes outside transformers count as careless with weights that are loaded already, and transformers then
+        # skips `_init_weights` for modules without parameters of their own, the model itself among them. Ours use
+        # `transformers.initialization`, which spares loaded weights.
+        return False
+
     def frozen_parameters(self) -> Iterable[torch.nn.Parameter]:
         """Parameters that are never trained: fixed tables inside stock backbones, teachers, twins."""
         return ()

@@ -381,6 +381,7 @@ _RENAMING = (
     (r"^blocks\.(\d+)\.norm2\.", r"backbone.layers.\1.layernorm_after."),
     (r"^blocks\.(\d+)\.attn\.proj\.", r"backbone.layers.\1.attention.o_proj."),
     (r"^blocks\.(\d+)\.mlp\.", r"backbone.layers.\1.mlp."),
+    (r"^head\.", "classifier."),
     (r"^mask_token$", "decoder.mask_token"),
     (r"^decoder_pos_embed$", "decoder.position_embeddings"),
     (r"^decoder_embed\.", "decoder.embedding."),
@@ -399,7 +400,7 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: MAECon
     """Official names to ours; names that are not known stay as they are, for strict loading to report.
 
     Args:
-        state_dict: of `models_mae.py`, with or without the decoder.
+        state_dict: of `models_mae.py`, with or without the decoder, or of `models_vit.py`.
         config: unused here; other variants' conversions need it.
     """
     converted = {}

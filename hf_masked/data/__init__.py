@@ -1,0 +1,25 @@
+"""Data for pretraining: where pictures come from, and torch data sets whose every draw is keyed by epoch and index."""
+
+from hf_masked.data.images import (
+    BadImageLog,
+    ImageDataset,
+    KeyedSampler,
+    ResidentImageDataset,
+    StreamingImageDataset,
+    collate_images,
+    labelled_tensors,
+)
+from hf_masked.data.sources import ImageSource, StreamingImageSource, load_images
+
+__all__ = [
+    "BadImageLog",
+    "ImageDataset",
+    "ImageSource",
+    "KeyedSampler",
+    "ResidentImageDataset",
+    "StreamingImageDataset",
+    "StreamingImageSource",
+    "collate_images",
+    "labelled_tensors",
+    "load_images",
+]

@@ -1,0 +1,136 @@
+"""Finding good pictures among bad ones, and keeping count of the bad."""
+
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hf_masked.data.sources import Content, ImageSource
+from hf_masked.processing.decoding import BadImageError, open_image, to_channels, to_uint8_tensor
+
+logger = logging.getLogger(__name__)
+
+# From so many pictures on, the share of bad ones says something about the whole set.
+MIN_SEEN = 1000
+
+# So many bad pictures, before any good one, raise the suspicion that all are.
+SUSPICIOUS = 100
+
+
+class Pictures:
+    """The good pictures of a source, with a memory for the bad ones."""
+
+    def __init__(self, source: ImageSource, num_channels: int, max_bad_share: float):
+        self.source = source
+        self.num_channels = num_channels
+        self.max_bad_share = max_bad_share
+        self.bad: dict[int, str] = {}
+        self.any_good = False
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def good_one(self, index: int):
+        """The picture, or the next good one, converted but not cropped, and its index."""
+        n = len(self.source)
+        for candidate in (number % n for number in range(index, index + n)):
+            image = self._good_or_none(candidate)
+            if image is not None:
+                return image, candidate
+            self._check(n)
+        raise ValueError(too_many_bad(self.bad.values(), n, self.source.name))
+
+    def faults(self, indices: Iterable[int]) -> list[str]:
+        """What is wrong with those of `indices` that are bad. The ones that were met in passing, in search of a
+        replacement, stay out: counted as well, a row of neighbouring bad files would look like a bad set."""
+        return [self.bad[index] for index in indices if index in self.bad]
+
+    def decode_all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All pictures, uint8 (n, channels, height, width), and the indices that were used, int64 (n,)."""
+        images, used = [], []
+        for index in range(len(self.source)):
+            image, candidate = self.good_one(index)
+            images.append(image if isinstance(image, torch.Tensor) else to_uint8_tensor(image))
+            used.append(candidate)
+            if images[-1].shape != images[0].shape:
+                raise ValueError(
+                    f"The pictures of {self.source.name} have several sizes, {tuple(images[0].shape)} and "
+                    f"{tuple(images[-1].shape)}, and cannot be held as one tensor: use ImageDataset."
+                )
+        return torch.stack(images), torch.tensor(used)
+
+    def _good_or_none(self, index: int):
+        if index in self.bad:
+            return None
+        try:
+            image = decode_picture(*self.source.picture(index), self.num_channels)
+        except BadImageError as error:
+            self.bad[index] = str(error)
+            return None
+        self.any_good = True
+        return image
+
+    def _check(self, n: int) -> None:
+        """Raises as soon as it is certain that too many are bad. If there was no good one yet, a look around decides:
+        the beginning may be one damaged folder of many."""
+        suspicious = not self.any_good and len(self.bad) == SUSPICIOUS
+        nothing_good = suspicious and all(
+            self._good_or_none(index) is None for index in range(0, n, max(1, n // SUSPICIOUS))
+        )
+        if nothing_good or len(self.bad) > self.max_bad_share * n:
+            raise ValueError(too_many_bad(self.bad.values(), n, self.source.name))
+
+
+class BadImageLog:
+    """Counts bad pictures in the main process, from the batches of all workers.
+
+    Args:
+        max_bad_share: the largest share of bad ones among the pictures seen.
+        num_pictures: length of the source, if it is known.
+    """
+
+    def __init__(self, max_bad_share: float = 0.1, num_pictures: int | None = None):
+        self.max_bad_share = max_bad_share
+        self.min_seen = MIN_SEEN if num_pictures is None else min(MIN_SEEN, num_pictures)
+        self.seen = 0
+        self.bad_seen = 0
+        self.names: dict[str, None] = {}  # in the order in which they turned up
+
+    def add(self, batch: dict) -> None:
+        """Takes note of a batch; each bad picture is logged once.
+
+        Raises:
+            ValueError: if too many of the pictures seen so far are bad.
+        """
+        self.seen += len(batch["pixels"])
+        self.bad_seen += len(batch["bad"])
+        for name in batch["bad"]:
+            if name not in self.names:
+                logger.warning("Bad picture, another takes its place: %s", name)
+                self.names[name] = None
+        if self.seen >= self.min_seen and self.bad_seen > self.max_bad_share * self.seen:
+            raise ValueError(too_many_bad(self.names, self.bad_seen, self.seen, self.max_bad_share))
+
+
+def decode_picture(content, name: str, num_channels: int):
+    """A Pillow picture or a uint8 tensor with the right channels; BadImageError, with the name, for anything else."""
+    if isinstance(content, BadImageError):
+        raise content
+    try:
+        image = content if isinstance(content, np.ndarray) else open_image(content, name)
+        return to_channels(image, num_channels)
+    # Pillow decodes some pictures that it cannot convert (LAB), and stumbles over damaged orientation tags.
+    except Exception as error:
+        message = str(error)
+        raise BadImageError(message if message.startswith(name) else f"{name}: {message}") from error
+
+
+def too_many_bad(names: Iterable[str], seen: int, source: str) -> str:
+    """The message that ends a run: how many of the `seen` pictures of `source` are bad, and the first of them."""
+    names = list(names)
+    return (
+        f"{len(names)} of {seen} pictures of {source} are bad, for example {'; '.join(names[:3])}. Repair or remove "
+        "them, check num_channels, or raise max_bad_share."
+    )

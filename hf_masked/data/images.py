@@ -1,0 +1,251 @@
+"""Torch data sets of pictures.
+
+Samples are asked for as (epoch, index), so that each crop is a function of (seed, epoch, index), whatever the
+workers, processes and the order of the batches. A picture that cannot be used never ends a run: another takes its
+place, and its name travels with the batch.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate, get_worker_info
+
+from hf_masked.data.bad_images import MIN_SEEN, Pictures, decode_picture, too_many_bad
+from hf_masked.data.sources import ImageSource, StreamingImageSource, check_channels
+from hf_masked.processing.decoding import BadImageError
+from hf_masked.processing.image_processing import CROP
+from hf_masked.randomness import sample_keys
+
+# Separates the order of an epoch from the draws of processors, whose purposes count from 0.
+ORDER = -1
+
+
+class ImageDataset(Dataset):
+    """Pictures decoded when they are asked for, for `DataLoader(..., sampler=KeyedSampler(...),
+    collate_fn=collate_images)`.
+
+    A bad picture is replaced by the next good one (index + 1, + 2, ...), cropped by that one's own key.
+
+    Args:
+        source: the pictures.
+        processor: its `prepare` makes pictures into uint8 of one size.
+        seed: the run's seed.
+        training: random crops, instead of the central one.
+        max_bad_share: more bad pictures than this share of the source end the run.
+    """
+
+    def __init__(
+        self, source: ImageSource, processor, seed: int = 0, training: bool = True, max_bad_share: float = 0.1
+    ):
+        self.processor = processor
+        self.seed = seed
+        self.training = training
+        self._pictures = Pictures(source, processor.num_channels, max_bad_share)
+        self._labels = source.labels()
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
+        """A batch.
+
+        Args:
+            keys: (epoch, index) of each sample.
+
+        Returns:
+            pixels: uint8 (batch, channels, height, width).
+            indices: int64 (batch,), of the pictures that were used.
+            epoch: int64 (), of the first sample.
+            labels: int64 (batch,), if the source has labels.
+            bad: names and faults of the pictures that were asked for and are bad.
+
+        Raises:
+            ValueError: if more than `max_bad_share` of the pictures turn out bad.
+        """
+        epochs, asked = zip(*keys, strict=True)
+        images, used = zip(*map(self._pictures.good_one, asked), strict=True)
+        indices = torch.tensor(used)
+        crop_keys = _crop_keys(self.seed, epochs, indices) if self.training else None
+        pixels = self.processor.prepare(list(images), crop_keys)
+        return _batch(pixels, indices, epochs, self._labels, self._pictures.faults(asked))
+
+
+class ResidentImageDataset(Dataset):
+    """Pictures of one size, all on the device as uint8 from the start: for small sets. Takes no workers and no pinned
+    memory.
+
+    Args:
+        source, processor, seed, training, max_bad_share: see `ImageDataset`.
+        device: where the pictures stay and are cropped.
+
+    Raises:
+        ValueError: for pictures of several sizes, or too many bad ones.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        processor,
+        seed: int = 0,
+        training: bool = True,
+        device: torch.device | str = "cpu",
+        max_bad_share: float = 0.1,
+    ):
+        self.processor = processor
+        self.seed = seed
+        self.training = training
+        self._labels = source.labels()
+        self._pictures = Pictures(source, processor.num_channels, max_bad_share)
+        images = source.as_tensor()
+        self._used = torch.arange(len(source))
+        if images is None:
+            images, self._used = self._pictures.decode_all()
+        self._images = check_channels(images, processor.num_channels, source.name).to(device)
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
+        """See `ImageDataset.__getitems__`; `pixels` are on the device, the rest on the CPU."""
+        epochs, asked = zip(*keys, strict=True)
+        indices = self._used[torch.tensor(asked)]
+        crop_keys = _crop_keys(self.seed, epochs, indices) if self.training else None
+        images = self._images[indices.to(self._images.device)].expand(-1, self.processor.num_channels, -1, -1)
+        pixels = self.processor.prepare_resident(images, crop_keys)
+        return _batch(pixels, indices, epochs, self._labels, self._pictures.faults(asked))
+
+
+class StreamingImageDataset(IterableDataset):
+    """Pictures in passing, one sample at a time, for `DataLoader(..., collate_fn=collate_images)`.
+
+    A sample's index is its place in the shuffled stream, shared out among all workers of all processes; where ranks
+    share single pictures (see `StreamingImageSource.samples`) it does not depend on how many there are. Processes and
+    workers are split here: give the loader to nothing that splits it again (accelerate's `prepare`).
+
+    Args:
+        source: the stream.
+        processor, seed, training: see `ImageDataset`; without training the order is the stream's own.
+        buffer_size: pictures in each worker's shuffle buffer.
+        rank, world_size: which of how many processes this is.
+    """
+
+    def __init__(
+        self,
+        source: StreamingImageSource,
+        processor,
+        seed: int = 0,
+        training: bool = True,
+        buffer_size: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.source = source
+        self.processor = processor
+        self.seed = seed
+        self.training = training
+        self.buffer_size = buffer_size
+        self.rank = rank
+        self.world_size = world_size
+        self._epoch = torch.tensor(0).share_memory_()  # persistent workers see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order and the crops of the next pass."""
+        self._epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[dict]:
+        """Samples as dicts: `pixels` (channels, height, width), `indices`, `epoch`, `labels` if there are any, `bad`.
+
+        Raises:
+            ValueError: if there is no good picture among the first `MIN_SEEN`.
+        """
+        epoch = int(self._epoch)
+        sample, bad = None, []
+        for index, image, label in self._decoded(epoch):
+            if isinstance(image, BadImageError):
+                bad.append(str(image))
+                if sample is None and len(bad) == MIN_SEEN:
+                    break
+                continue
+            if sample is not None:
+                yield sample
+            sample, bad = self._sample(epoch, index, image, label, bad), []
+        if sample is not None:
+            sample["bad"] += bad  # the last one takes the names that came after it
+            yield sample
+        elif bad:
+            raise ValueError(too_many_bad(bad, len(bad), self.source.name))
+
+    def _decoded(self, epoch: int):
+        worker = get_worker_info()
+        workers = 1 if worker is None else worker.num_workers
+        rank = self.rank * workers + (0 if worker is None else worker.id)
+        world_size = self.world_size * workers
+        order = int(sample_keys(self.seed, epoch, [0], purpose=ORDER)) % 2**63 if self.training else None
+        samples = self.source.samples(order, self.buffer_size, rank, world_size)
+        for place, (content, name, label) in enumerate(samples):
+            try:
+                image = decode_picture(content, name, self.processor.num_channels)
+            except BadImageError as error:
+                image = error
+            yield place * world_size + rank, image, label
+
+    def _sample(self, epoch: int, index: int, image, label: int | None, bad: list[str]) -> dict:
+        indices = torch.tensor([index])
+        keys = _crop_keys(self.seed, [epoch], indices) if self.training else None
+        pixels = self.processor.prepare([image], keys)[0]
+        sample = {"pixels": pixels, "indices": index, "epoch": epoch, "bad": bad}
+        return sample if label is None else {**sample, "labels": label}
+
+
+class KeyedSampler(Sampler):
+    """The order of an epoch as (epoch, index): a function of the seed and the epoch.
+
+    Args:
+        n: length of the data set.
+        seed: the run's seed.
+        shuffle: a random order, instead of 0, 1, 2, ...
+    """
+
+    def __init__(self, n: int, seed: int = 0, shuffle: bool = True):
+        self.n = n
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, order = self.epoch, range(self.n)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(int(sample_keys(self.seed, epoch, [0], purpose=ORDER)))
+            order = torch.randperm(self.n, generator=generator).tolist()
+        return ((epoch, index) for index in order)
+
+
+def collate_images(batch: dict | list[dict]) -> dict:
+    """`DataLoader(collate_fn=...)` of all data sets here: stacks what comes as single samples."""
+    if isinstance(batch, dict):
+        return batch
+    bad = [name for sample in batch for name in sample["bad"]]
+    stacked = default_collate([{key: value for key, value in sample.items() if key != "bad"} for sample in batch])
+    return {**stacked, "epoch": stacked["epoch"][0], "bad": bad}
+
+
+def _crop_keys(seed: int, epochs: Iterable[int], indices: torch.Tensor) -> torch.Tensor:
+    epochs = torch.tensor(epochs)
+    keys = torch.empty_like(indices)
+    for epoch in epochs.unique().tolist():
+        here = epochs == epoch
+        keys[here] = sample_keys(seed, epoch, indices[here], purpose=CROP)
+    return keys
+
+
+def _batch(pixels, indices, epochs, labels, bad) -> dict:
+    batch = {"pixels": pixels, "indices": indices, "epoch": torch.tensor(epochs[0]), "bad": bad}
+    return batch if labels is None else {**batch, "labels": labels[indices]}
+
+

@@ -1,0 +1,314 @@
+"""Where pictures come from: the Hub, local folders and files, small built-in sets. Nothing is decoded here."""
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hf_masked.data import small_sets
+from hf_masked.data.columns import find_image_column, find_label_column, read_cell
+from hf_masked.processing.decoding import BadImageError
+
+SMALL_SETS = {"fashion_mnist": small_sets.fashion_mnist, "digits": small_sets.digits}
+FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+
+# Sub-folders that mean splits, not classes.
+SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
+
+Content = bytes | str | Image.Image | np.ndarray
+
+
+class ImageSource:
+    """A collection of pictures, not decoded, that are asked for by number.
+
+    Attributes:
+        name: what it turned out to be.
+        class_names: the classes' names, or None.
+    """
+
+    name: str
+    class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def picture(self, index: int) -> tuple[Content, str]:
+        """A picture's content (encoded bytes, a path, a Pillow picture or an array) and its name for messages.
+
+        Raises:
+            BadImageError: where there is nothing to decode.
+        """
+        raise NotImplementedError
+
+    def labels(self) -> torch.Tensor | None:
+        """int64 (n,), with -1 where a picture has none; None without labels."""
+        return None
+
+    def as_tensor(self) -> torch.Tensor | None:
+        """uint8 (n, channels, height, width), if the pictures are equally sized arrays in memory already."""
+        return None
+
+
+class ArraySource(ImageSource):
+    """Equally sized pictures in memory.
+
+    Args:
+        name: what they are.
+        images: uint8 (n, height, width) or (n, channels, height, width).
+        labels: int64 (n,), or None.
+        class_names: the classes' names, or None.
+    """
+
+    def __init__(
+        self, name: str, images: np.ndarray, labels: np.ndarray | None = None, class_names: list[str] | None = None
+    ):
+        self.name = name
+        self.class_names = class_names
+        images = torch.from_numpy(np.array(images))
+        self._images = images[:, None] if images.ndim == 3 else images
+        self._labels = None if labels is None else torch.from_numpy(np.array(labels))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def picture(self, index: int) -> tuple[np.ndarray, str]:
+        return self._images[index].numpy(), f"picture {index} of {self.name}"
+
+    def labels(self) -> torch.Tensor | None:
+        return self._labels
+
+    def as_tensor(self) -> torch.Tensor:
+        return self._images
+
+
+class TableSource(ImageSource):
+    """A `datasets.Dataset`.
+
+    Args:
+        dataset: the rows.
+        name: what they are.
+        image_column, label_column: see `load_images`.
+    """
+
+    def __init__(self, dataset, name: str, image_column: str | None = None, label_column: str | None = None):
+        image_column = find_image_column(dataset.features, image_column)
+        label_column = find_label_column(dataset.features, label_column)
+        self.name = name
+        self._cells = _undecoded(dataset, image_column).select_columns([image_column]).with_format("arrow")
+        self._labels = None
+        if label_column is not None:
+            self._labels, self.class_names = _class_indices(dataset, label_column)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def picture(self, index: int) -> tuple[Content, str]:
+        return read_cell(self._cells[index].column(0)[0], f"row {index} of {self.name}")
+
+    def labels(self) -> torch.Tensor | None:
+        return self._labels
+
+
+class StreamingImageSource:
+    """A `datasets.IterableDataset`: pictures that come one after the other.
+
+    Args:
+        stream: the rows.
+        name: what they are.
+        image_column, label_column: see `load_images`.
+    """
+
+    def __init__(self, stream, name: str, image_column: str | None = None, label_column: str | None = None):
+        from datasets import ClassLabel
+
+        if stream.features is None:
+            raise ValueError(f"{name} does not say what its columns hold, which streaming needs: use streaming=False.")
+        self.name = name
+        self._image_column = find_image_column(stream.features, image_column)
+        self._label_column = find_label_column(stream.features, label_column)
+        feature = stream.features.get(self._label_column)
+        self.class_names = feature.names if isinstance(feature, ClassLabel) else None
+        if "string" in str(getattr(feature, "dtype", "")):
+            if label_column is not None:
+                raise ValueError(
+                    f"label_column={label_column!r} holds strings, which become class indices only once all are "
+                    "known: use streaming=False."
+                )
+            self._label_column = None
+        columns = [self._image_column] + [self._label_column] * (self._label_column is not None)
+        self._rows = _undecoded(stream, self._image_column).select_columns(columns).with_format("arrow")
+
+    def samples(
+        self, shuffle_seed: int | None = None, buffer_size: int = 1000, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[Content | BadImageError, str, int | None]]:
+        """One pass over this rank's part of the stream.
+
+        Args:
+            shuffle_seed: orders files and buffer; None for the stream's own order. The same on all ranks.
+            buffer_size: pictures in the shuffle buffer.
+            rank, world_size: which of how many parts. Ranks share out whole files where there are enough of them,
+                else pictures.
+
+        Yields:
+            Content (or the error that stands in its place), its name for messages, and its label: -1 for an empty
+            cell, None where the stream has no labels.
+        """
+        from datasets.distributed import split_dataset_by_node
+
+        rows = self._rows if shuffle_seed is None else self._rows.shuffle(seed=shuffle_seed, buffer_size=buffer_size)
+        if world_size > 1:
+            strategy = "shards" if rows.num_shards >= world_size else "examples"
+            rows = split_dataset_by_node(rows, rank=rank, world_size=world_size, strategy=strategy)
+        # Not `iter(rows)`: in a DataLoader's worker that would split by worker once more, and leave all but one worker
+        # idle where there is only one file.
+        for place, row in enumerate(rows.iter(batch_size=1)):
+            where = f"picture {place} of part {rank} of {self.name}"
+            try:
+                content, name = read_cell(row.column(self._image_column)[0], where)
+            except BadImageError as error:
+                content, name = error, where
+            yield content, name, self._label(row)
+
+    def _label(self, row) -> int | None:
+        if self._label_column is None:
+            return None
+        label = row.column(self._label_column)[0].as_py()
+        return -1 if label is None else int(label)
+
+
+def load_images(
+    dataset_name: str,
+    split: str = "train",
+    *,
+    config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+) -> ImageSource | StreamingImageSource:
+    """Finds pictures.
+
+    Args:
+        dataset_name: an id on the Hub; a local folder of images (its sub-folders are classes, or splits with classes
+            in them), Parquet or WebDataset tar files; a local file or pattern, or a URL, of Parquet or tar files;
+            "fashion_mnist" or "digits".
+        split: "train", "test", ...; for all but the small sets also a slice such as "train[:10%]".
+        config_name: the configuration, where a data set on the Hub has several.
+        image_column: the column of pictures: encoded, or uint8 arrays with any number of channels. By default the one
+            that is declared as images, else the only one that could hold pictures.
+        label_column: the column of labels, integers or strings. By default the declared classes, else a column with a
+            usual name, else none.
+        streaming: read the rows in passing, without a local copy.
+        cache_dir: where `datasets` keeps its copies.
+
+    Raises:
+        ValueError: if there is no such data set, split or column, or no picture in the folder.
+    """
+    if dataset_name in SMALL_SETS:
+        if streaming:
+            raise ValueError(f"{dataset_name} is held in memory and cannot be streamed: use streaming=False.")
+        return ArraySource(*SMALL_SETS[dataset_name](split))
+    rows = _load_rows(dataset_name, split, config_name, streaming, cache_dir)
+    kind = StreamingImageSource if streaming else TableSource
+    try:
+        return kind(rows, f"{dataset_name} ({split})", image_column, label_column)
+    except ValueError as error:
+        raise ValueError(f"{dataset_name}: {error}") from error
+
+
+def check_channels(images: torch.Tensor, num_channels: int, name: str) -> torch.Tensor:
+    """The pictures (n, channels, height, width), or a ValueError if they cannot have `num_channels` channels."""
+    if images.shape[1] not in (1, num_channels):
+        raise ValueError(
+            f"The pictures of {name} have {images.shape[1]} channels, the processor {num_channels}: set num_channels "
+            f"to {images.shape[1]}."
+        )
+    return images
+
+
+def _load_rows(dataset_name, split, config_name, streaming, cache_dir):
+    import datasets
+
+    path, options = _locate(dataset_name)
+    try:
+        return datasets.load_dataset(
+            path, config_name, split=split, streaming=streaming, cache_dir=cache_dir, **options
+        )
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        in_file = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
+        reason = " ".join(str(in_file or error).split())
+        raise ValueError(
+            f"{dataset_name!r}, split {split!r}, cannot be loaded: {reason} Give a folder or file that exists or the "
+            "id of a data set on the Hub, and one of its splits."
+        ) from error
+
+
+def _locate(dataset_name: str) -> tuple[str, dict]:
+    """First argument and further ones of `datasets.load_dataset`."""
+    path = Path(dataset_name).expanduser()
+    if path.is_dir():
+        return _locate_in_folder(path.resolve())
+    if "://" in dataset_name:
+        return _builder_of(dataset_name.partition("?")[0], dataset_name), {"data_files": dataset_name}
+    files = [str(path)] if path.exists() else sorted(glob.glob(str(path)))
+    if files:
+        return _builder_of(files[0], dataset_name), {"data_files": files}
+    if dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1:
+        raise ValueError(f"There is no folder or file {dataset_name!r}: check the path, seen from {os.getcwd()}.")
+    return dataset_name, {}
+
+
+def _builder_of(file: str, dataset_name: str) -> str:
+    builder = FILE_BUILDERS.get(Path(file).suffix.lower())
+    if builder is None:
+        raise ValueError(f"{dataset_name!r} is no Parquet or tar file: give one, or a folder of images.")
+    return builder
+
+
+def _locate_in_folder(folder: Path) -> tuple[str, dict]:
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    known = set(ImageFolder.EXTENSIONS) | set(FILE_BUILDERS)
+    suffixes = (Path(file).suffix.lower() for _, _, files in os.walk(folder) for file in files)
+    suffix = next((suffix for suffix in suffixes if suffix in known), None)
+    if suffix is None:
+        raise ValueError(
+            f"The folder '{folder}' holds no pictures: put image files (.jpg, .png, ...) there, in sub-folders by class "
+            "if they have classes, or Parquet or tar files."
+        )
+    if suffix in FILE_BUILDERS:
+        return str(folder), {}
+    return "imagefolder", {"data_dir": str(folder)} | ({} if _has_splits(folder) else {"data_files": {"train": "**"}})
+
+
+def _has_splits(folder: Path) -> bool:
+    """Whether the sub-folders are splits. Left to itself, `datasets` would take a class called "train", or a file
+    called "test 1.jpg", for a split, and leave out all others."""
+    names = {child.name.lower() for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")}
+    return bool(names) and (names <= SPLIT_FOLDERS or ("train" in names and len(names & SPLIT_FOLDERS) > 1))
+
+
+def _undecoded(rows, image_column: str):
+    from datasets import Image
+
+    if isinstance(rows.features[image_column], Image):
+        return rows.cast_column(image_column, Image(decode=False))
+    return rows
+
+
+def _class_indices(dataset, label_column: str) -> tuple[torch.Tensor, list[str] | None]:
+    """int64 (n,), -1 for empty cells, and the classes' names, if they have any."""
+    from datasets import ClassLabel
+
+    feature = dataset.features[label_column]
+    cells = dataset.select_columns([label_column]).with_format("arrow")[:].column(0).to_pylist()
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    if "string" in feature.dtype:
+        names = sorted({cell for cell in cells if cell is not None})
+        index = {name: number for number, name in enumerate(names)}
+        cells = [index.get(cell, -1) for cell in cells]
+    return torch.tensor([-1 if cell is None else int(cell) for cell in cells]), names

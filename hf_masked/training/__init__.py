@@ -1,0 +1,1 @@
+"""Training: what pretraining needs beyond transformers' Trainer."""

@@ -1,0 +1,64 @@
+"""`PreTrainingArguments`: transformers' TrainingArguments and the few settings that pretraining adds."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class PreTrainingArguments(TrainingArguments):
+    """Settings of a pretraining run; everything of TrainingArguments is there too.
+
+    Raises:
+        ValueError: for settings that contradict each other.
+    """
+
+    base_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate for `base_batch_size` samples per step; scaled linearly to the effective batch "
+            "(per device x devices x accumulation). Replaces `learning_rate`."
+        },
+    )
+    base_batch_size: int = field(default=256, metadata={"help": "The batch that `base_learning_rate` is meant for."})
+    layer_decay: float | None = field(
+        default=None, metadata={"help": "Factor of the learning rate per layer, from the top down; none by default."}
+    )
+    probe_every_epochs: float = field(
+        default=1.0,
+        metadata={
+            "help": "Online kNN and feature statistics every so many epochs, where there are labels; 0 = never."
+        },
+    )
+    probe_samples: int = field(
+        default=5000, metadata={"help": "Labelled pictures that the online probe takes from the training split."}
+    )
+    probe_linear: bool = field(default=False, metadata={"help": "Also train a linear probe online."})
+    picture_every_epochs: float = field(
+        default=5.0,
+        metadata={"help": "Write pictures of what is masked and predicted every so many epochs; 0 = never."},
+    )
+    resident_data: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the data set as uint8 on the device. By default whatever is in memory already "
+            "(Fashion-MNIST, digits)."
+        },
+    )
+    max_bad_image_share: float = field(
+        default=0.1, metadata={"help": "Share of unreadable pictures above which the run stops with an error."}
+    )
+    # Pretraining drops the last, smaller batch: every step then has the same shape and the same weight.
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last, incomplete batch."})
+    # The filter reads the loss from the device at every step.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf out of the logged loss."})
+    # Raw batches hold keys and indices that no `forward` names.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that `forward` does not take."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.base_learning_rate is not None and self.base_learning_rate <= 0:
+            raise ValueError(f"base_learning_rate is {self.base_learning_rate}; it must be positive.")
+        for name in ("probe_every_epochs", "picture_every_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (never) or positive.")

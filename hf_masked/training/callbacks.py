@@ -1,0 +1,152 @@
+"""Callbacks of a pretraining run: progress for methods that change over time, online probes, pictures."""
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from hf_masked.evaluation.diagnostics import effective_rank, feature_spread
+from hf_masked.evaluation.features import extract_features
+from hf_masked.evaluation.knn import weighted_knn
+from hf_masked.evaluation.linear_probe import linear_probe
+from hf_masked.training.visualization import picture_grid
+
+logger = logging.getLogger(__name__)
+
+# A feature spread below this share of an isotropic one, which is 1, is called a collapse.
+COLLAPSED = 0.05
+
+
+class TrainingProgressCallback(TrainerCallback):
+    """Tells the model how far training has come: `model.training_progress` from 0 to 1."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._set(model, state)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._set(model, state)
+
+    @staticmethod
+    def _set(model, state):
+        if hasattr(model, "training_progress"):
+            model.training_progress = state.global_step / max(1, state.max_steps)
+
+
+class EpochIntervalCallback(TrainerCallback):
+    """Base: calls `act(state, model)` every so many epochs and at the end of training.
+
+    Args:
+        every_epochs: may be a fraction; 0 for never.
+    """
+
+    def __init__(self, every_epochs: float):
+        self.every_epochs = every_epochs
+        self._done = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # After a resume nothing that was done already is done again.
+        self._done = self._due(state)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.every_epochs and (self._due(state) > self._done or state.global_step == state.max_steps):
+            self._done = self._due(state)
+            self.act(state, model)
+
+    def _due(self, state) -> int:
+        return int((state.epoch or 0.0) / self.every_epochs + 1e-6) if self.every_epochs else 0
+
+    def act(self, state, model) -> None:
+        raise NotImplementedError
+
+
+class OnlineProbeCallback(EpochIntervalCallback):
+    """Judges the frozen encoder while it trains: kNN, effective rank, feature spread, and a linear probe if asked.
+
+    Args:
+        trainer: to log with and to share the work over processes with.
+        train: uint8 pictures (n, channels, height, width) and int64 labels (n,), processed by `prepare`.
+        test: likewise.
+        linear: also train a linear probe.
+    """
+
+    def __init__(self, trainer, train, test, every_epochs: float = 1.0, linear: bool = False):
+        super().__init__(every_epochs)
+        self.trainer = trainer
+        self.train = train
+        self.test = test
+        self.linear = linear
+
+    def act(self, state, model) -> None:
+        (train_features, train_labels), (test_features, test_labels) = (
+            self._features(model, *split) for split in (self.train, self.test)
+        )
+        figures = {
+            "knn_accuracy": weighted_knn(train_features, train_labels, test_features, test_labels),
+            "effective_rank": effective_rank(test_features),
+            "feature_spread": feature_spread(test_features),
+        }
+        if self.linear:
+            figures["linear_accuracy"] = linear_probe(train_features, train_labels, test_features, test_labels)[
+                "accuracy"
+            ]
+        if figures["feature_spread"] < COLLAPSED:
+            logger.warning(
+                "The features have collapsed: their spread is %.4f of an isotropic one's. Every picture is encoded "
+                "almost alike; check the learning rate, the loss and the targets.",
+                figures["feature_spread"],
+            )
+        self.trainer.log({name: round(float(value), 4) for name, value in figures.items()})
+        self.trainer.throughput.reset()
+
+    def _features(self, model, images, labels):
+        """Features and labels of one split, each process having encoded its share."""
+        accelerator, processor = self.trainer.accelerator, self.trainer.processing_class
+        # Equal shares, so that they can be gathered; at most a handful of pictures is left out.
+        usable = len(images) - len(images) % accelerator.num_processes
+        mine = images[accelerator.process_index : usable : accelerator.num_processes]
+        features = extract_features(
+            model, mine, mean=processor.image_mean, std=processor.image_std, device=accelerator.device
+        )
+        gathered = accelerator.gather(features.to(accelerator.device)).cpu()
+        order = torch.arange(usable).view(-1, accelerator.num_processes).T.flatten()
+        return gathered, labels[order]
+
+
+class PictureCallback(EpochIntervalCallback):
+    """Draws what is masked and what is predicted, to `<output_dir>/pictures/` and to TensorBoard where it is on.
+
+    Args:
+        trainer: whose processor and output folder are used.
+        images: uint8 (n, channels, height, width), processed by `prepare`.
+    """
+
+    def __init__(self, trainer, images: torch.Tensor, every_epochs: float = 5.0):
+        super().__init__(every_epochs)
+        self.trainer = trainer
+        self.images = images
+
+    def act(self, state, model) -> None:
+        # Every process of a sharded model takes part in its forward pass; one writes.
+        was_training = model.training
+        model.eval()
+        processor = self.trainer.processing_class
+        pixel_values = processor.finish(self.images.to(self.trainer.args.device))["pixel_values"]
+        panels = model.pictures(pixel_values)
+        model.train(was_training)
+        if not self.trainer.is_world_process_zero():
+            return
+        picture = picture_grid({name: processor.denormalize(panel).cpu() for name, panel in panels.items()})
+        path = Path(self.trainer.args.output_dir) / "pictures" / f"step-{state.global_step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        self._to_tensorboard(picture, state.global_step)
+        self.trainer.throughput.reset()
+
+    def _to_tensorboard(self, picture, step: int) -> None:
+        import numpy as np
+
+        for callback in self.trainer.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                writer.add_image("pictures", np.asarray(picture), step, dataformats="HWC")

@@ -1,0 +1,194 @@
+"""The training program behind `train.py`."""
+
+import json
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_masked
+from hf_masked.data.images import (
+    ImageDataset,
+    ResidentImageDataset,
+    StreamingImageDataset,
+    labelled_tensors,
+    load_images,
+)
+from hf_masked.modeling.registry import Variant, get_variant
+from hf_masked.training.arguments import PreTrainingArguments
+from hf_masked.training.callbacks import OnlineProbeCallback, PictureCallback
+from hf_masked.training.export import export_encoder
+from hf_masked.training.launch import LaunchError, check_launch
+from hf_masked.training.recipes import DataArguments, MethodArguments, RecipeError, parse
+from hf_masked.training.trainer import PreTrainer
+from hf_masked.training.visualization import loss_curve
+
+logger = logging.getLogger(__name__)
+
+# Pictures drawn by the picture callback.
+PICTURES = 8
+
+
+def main(arguments: list[str] | None = None) -> PreTrainer:
+    """Runs the program; a mistake of the user's ends it with one line and status 2."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        return train(*parse(sys.argv[1:] if arguments is None else arguments))
+    except (RecipeError, LaunchError, ValueError) as error:
+        if os.environ.get("HF_MASKED_TRACEBACK"):
+            raise
+        print(f"train.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def train(method: MethodArguments, data: DataArguments, args: PreTrainingArguments) -> PreTrainer:
+    """Pretrains, saves the model, its processor and the plain encoder, and returns the trainer."""
+    set_seed(args.seed)
+    variant = get_variant(method.method)
+    model = make_model(variant, method)
+    processor = make_processor(variant, model, method)
+    source = load_images(
+        data.dataset_name,
+        data.train_split,
+        config_name=data.dataset_config_name,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        streaming=data.streaming,
+        cache_dir=data.data_cache_dir,
+    )
+    trainer = PreTrainer(
+        model=model,
+        args=args,
+        processing_class=processor,
+        train_dataset=make_dataset(source, processor, args, data.streaming),
+    )
+    check_launch(trainer.accelerator)
+    if not data.streaming:
+        add_observers(trainer, source, data)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    finish(trainer, method, source.name)
+    return trainer
+
+
+def make_model(variant: Variant, method: MethodArguments) -> PreTrainedModel:
+    """The model of a method, new or around a pretrained encoder."""
+    if method.from_backbone:
+        return variant.pretraining.from_backbone(method.from_backbone, **method.model)
+    return variant.pretraining(variant.config(**method.model))
+
+
+def make_processor(variant: Variant, model: PreTrainedModel, method: MethodArguments):
+    """The variant's processor: fitted to the config, with the normalisation of a pretrained encoder, then the recipe's."""
+    settings = model.config.processor_settings()
+    if method.from_backbone:
+        settings |= _normalization_of(method.from_backbone)
+    return getattr(hf_masked, variant.config.processor)(**(settings | method.processor))
+
+
+def _normalization_of(checkpoint: str) -> dict:
+    try:
+        stock = AutoImageProcessor.from_pretrained(checkpoint)
+    except (OSError, ValueError):
+        logger.warning("%s has no image processor: pictures are normalised with the default mean.", checkpoint)
+        return {}
+    return {"image_mean": list(stock.image_mean), "image_std": list(stock.image_std)}
+
+
+def make_dataset(source, processor, args: PreTrainingArguments, streaming: bool):
+    """The training set: resident on the device where that is asked for or natural, else read by workers."""
+    if streaming:
+        return StreamingImageDataset(source, processor, seed=args.seed)
+    resident = source.as_tensor() is not None if args.resident_data is None else args.resident_data
+    if resident:
+        return ResidentImageDataset(source, processor, seed=args.seed, device=args.device)
+    return ImageDataset(source, processor, seed=args.seed)
+
+
+def add_observers(trainer: PreTrainer, source, data: DataArguments) -> None:
+    """Adds the online probe, where there are labels, and the pictures."""
+    args, processor = trainer.args, trainer.processing_class
+    try:
+        test_source = load_images(
+            data.dataset_name,
+            data.test_split,
+            config_name=data.dataset_config_name,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            cache_dir=data.data_cache_dir,
+        )
+    except ValueError as error:
+        logger.warning("No online probe: %s", error)
+        test_source = None
+    if args.picture_every_epochs:
+        images, _ = labelled_tensors(test_source or source, processor, limit=PICTURES, seed=args.seed)
+        trainer.add_callback(PictureCallback(trainer, images, args.picture_every_epochs))
+    if args.probe_every_epochs and test_source is not None and source.labels() is not None:
+        trainer.add_callback(
+            OnlineProbeCallback(
+                trainer,
+                train=labelled_tensors(source, processor, limit=args.probe_samples, seed=args.seed),
+                test=labelled_tensors(test_source, processor, limit=args.probe_samples, seed=args.seed),
+                every_epochs=args.probe_every_epochs,
+                linear=args.probe_linear,
+            )
+        )
+
+
+def checkpoint_to_resume(args: PreTrainingArguments) -> str | None:
+    """The checkpoint that was asked for, or the last one in the output folder: the same command goes on.
+
+    `--resume_from_checkpoint no` starts anew.
+    """
+    if args.resume_from_checkpoint in ("no", "false", "False"):
+        return None
+    if args.resume_from_checkpoint not in (None, "true", "True", "auto"):
+        return args.resume_from_checkpoint
+    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if last:
+        print(f"Resuming from {last} (start anew with --resume_from_checkpoint no).")
+    return last
+
+
+def finish(trainer: PreTrainer, method: MethodArguments, dataset_name: str) -> None:
+    """Writes the model, the plain encoder in `encoder/`, the loss curve and `run.json`."""
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    output = Path(trainer.args.output_dir)
+    export_encoder(trainer.model, trainer.processing_class, output / "encoder")
+    loss_curve(trainer.state.log_history, output / "pictures" / "loss.png")
+    (output / "run.json").write_text(json.dumps(describe_run(trainer, method, dataset_name), indent=2) + "\n")
+    print(
+        f"Wrote {output} (model), {output / 'encoder'} (plain encoder), {output / 'pictures'} (pictures, loss curve)."
+    )
+
+
+def describe_run(trainer: PreTrainer, method: MethodArguments, dataset_name: str) -> dict:
+    """What was really run and measured, for the model card."""
+    last = {}
+    for line in trainer.state.log_history:
+        last |= line
+    return {
+        "method": method.method,
+        "dataset": dataset_name,
+        "samples": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+        "batch_size": trainer.effective_batch_size,
+        "learning_rate": trainer.args.learning_rate,
+        "measured": last,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "processes": trainer.args.world_size,
+        "versions": {
+            "hf_masked": hf_masked.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

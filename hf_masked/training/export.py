@@ -1,0 +1,44 @@
+"""Leaving the package: a plain transformers checkpoint of the encoder, with a stock image processor beside it."""
+
+import logging
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from hf_masked.modeling.base import VariantModel
+from hf_masked.modeling.parts.gray import fold_gray_to_rgb
+from hf_masked.processing.stock import save_stock_processor
+
+logger = logging.getLogger(__name__)
+
+
+def export_encoder(model: VariantModel, processor, output: str | Path, rgb: bool = False) -> Path:
+    """Writes `model.backbone` as a checkpoint that loads where `hf_masked` is not installed.
+
+    Args:
+        model: of the catalogue.
+        processor: the image processor it was trained with, whose size, mean and deviation the stock one takes over.
+        output: a folder.
+        rgb: turn an encoder of gray pictures into one of RGB pictures that gives the same features for gray ones;
+            transformers' pipelines convert every picture to RGB.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if `rgb` is asked for and the encoder has more than one channel.
+    """
+    model.sync_backbone()
+    backbone: PreTrainedModel = model.backbone
+    mean, std = processor.image_mean, processor.image_std
+    if rgb:
+        backbone, mean, std = fold_gray_to_rgb(backbone), mean * 3, std * 3
+    elif backbone.config.num_channels != 3:
+        logger.warning(
+            "The encoder takes %d channels; transformers' pipelines give RGB.%s",
+            backbone.config.num_channels,
+            " Export with rgb=True (--rgb) to use it in them." if backbone.config.num_channels == 1 else "",
+        )
+    backbone.save_pretrained(output)
+    save_stock_processor(processor, output, image_mean=mean, image_std=std)
+    return Path(output)

@@ -1,0 +1,74 @@
+"""Does the run that was launched match the one that was asked for?
+
+`accelerate launch` is silent when it is not: on CPU it starts one process where several were asked for, or several
+that do not know of each other, or plain data parallelism for FSDP.
+"""
+
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+
+class LaunchError(RuntimeError):
+    """The launch and what came of it disagree; the message names the remedy in one line."""
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Compares what was asked for with what Accelerate made of it.
+
+    Raises:
+        LaunchError: if processes are missing, are not connected, or do not shard although FSDP was asked for.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > accelerator.num_processes:
+        raise LaunchError(
+            f"{world_size} processes were started, but this one sees {accelerator.num_processes}: they are not connected "
+            "and would each train alone. Without GPUs launch with `--config_file accelerate_configs/cpu_2.yaml`."
+        )
+    asked = _processes_asked_of_accelerate()
+    if asked > accelerator.num_processes:
+        raise LaunchError(
+            f"`accelerate launch` was asked for {asked} processes and started {accelerator.num_processes}: on CPU it "
+            "needs a config with distributed_type MULTI_GPU and use_cpu: "
+            "`accelerate launch --config_file accelerate_configs/cpu_2.yaml train.py ...`, or use torchrun."
+        )
+    fsdp_asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if fsdp_asked and accelerator.distributed_type != DistributedType.FSDP:
+        raise LaunchError(
+            f"FSDP was asked for, but Accelerate made {accelerator.distributed_type.value} of it: it shards on "
+            "accelerators only. Use `--config_file accelerate_configs/cpu_2.yaml` on CPU."
+        )
+
+
+def _processes_asked_of_accelerate() -> int:
+    """`num_processes` of the `accelerate launch` command that started this process; 1 if none did."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    arguments = _accelerate_arguments()
+    if arguments is None:
+        return 1
+    parsed, _ = launch_command_parser().parse_known_args(arguments)
+    if parsed.num_processes is not None:
+        return parsed.num_processes
+    if parsed.config_file is not None or os.path.isfile(default_config_file):
+        return load_config_from_file(parsed.config_file).num_processes or 1
+    return 1
+
+
+def _accelerate_arguments() -> list[str] | None:
+    """What follows `accelerate launch` on the command line of the nearest ancestor that is one."""
+    import psutil
+
+    for ancestor in psutil.Process().parents():
+        try:
+            words = ancestor.cmdline()
+        except psutil.Error:
+            continue
+        for place, word in enumerate(words[:-1]):
+            if os.path.basename(word) == "accelerate" and words[place + 1] == "launch":
+                return words[place + 2 :]
+            if word == "accelerate.commands.launch" or word.endswith("accelerate/commands/launch.py"):
+                return words[place + 1 :]
+    return None

@@ -1,0 +1,147 @@
+"""`PreTrainer`: transformers' Trainer, with what pretraining adds and nothing of any method.
+
+The plain Trainer works too, because every model's `forward` returns its loss. This one adds the processor's second
+half on the device, parameter groups, the scaled learning rate, the named parts of the loss and the speed in the log,
+and loads checkpoints the way `from_pretrained` does.
+"""
+
+import logging
+import time
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from hf_masked.data.images import BadImageLog, KeyedSampler
+from hf_masked.training.arguments import PreTrainingArguments
+from hf_masked.training.callbacks import TrainingProgressCallback
+from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
+from hf_masked.training.optimization import parameter_groups, scaled_learning_rate
+from hf_masked.training.throughput import STARVING, ThroughputMeter
+
+logger = logging.getLogger(__name__)
+
+
+class PreTrainer(FaithfulCheckpointsMixin, Trainer):
+    """Trains a `...ForPreTraining` model on raw pictures.
+
+    Args:
+        model: of the catalogue, or any model whose `forward` returns a loss.
+        args: `PreTrainingArguments`.
+        processing_class: the image processor, whose `finish_training` makes the model's inputs on the device.
+        train_dataset: of `hf_masked.data.images`; other data sets work as in the plain Trainer.
+    """
+
+    args: PreTrainingArguments
+
+    def __init__(self, model=None, args: PreTrainingArguments | None = None, **kwargs):
+        super().__init__(model=model, args=args, **kwargs)
+        if self.args.base_learning_rate is not None:
+            self.args.learning_rate = scaled_learning_rate(
+                self.args.base_learning_rate, self.effective_batch_size, self.args.base_batch_size
+            )
+        self.throughput = ThroughputMeter(self.args.device, self._compute_dtype())
+        self.bad_images = BadImageLog(max_share=self.args.max_bad_image_share)
+        self._loss_parts: dict[str, torch.Tensor] = {}
+        self._loss_parts_steps = 0
+        self.add_callback(TrainingProgressCallback())
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Samples per optimizer step, over all processes."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not hasattr(self.train_dataset, "__getitems__") or not hasattr(self.train_dataset, "processor"):
+            return super().get_train_dataloader()
+        samples, batch = len(self.train_dataset), self._train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and samples < batch:
+            raise ValueError(
+                f"The data set has {samples} pictures, fewer than one batch of {batch} over all processes: lower "
+                "per_device_train_batch_size."
+            )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            sampler=KeyedSampler(samples, self.args.seed),
+            collate_fn=_already_a_batch,
+            drop_last=self.args.dataloader_drop_last,
+            num_workers=0 if self.train_dataset.resident else self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and not self.train_dataset.resident,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = parameter_groups(
+                model,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                layer_decay=self.args.layer_decay,
+            )
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **arguments)
+        return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        started = time.perf_counter()
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.throughput.waited += time.perf_counter() - started
+        return batches
+
+    def _prepare_inputs(self, inputs):
+        """Raw batches of our data sets become the model's inputs; others pass as they are."""
+        inputs = super()._prepare_inputs(inputs)
+        if "pixels" not in inputs:
+            return inputs
+        self.bad_images.add(inputs)
+        return self.processing_class.finish_training(
+            inputs["pixels"], inputs["indices"], self.args.seed, inputs["epochs"]
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if model.training:
+            if not self.throughput.flops_per_sample:
+                self.throughput.calibrate(self.model, inputs)
+            self.throughput.samples += self.args.world_size * len(inputs[self.model.main_input_name])
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            self._add_loss_parts(outputs.get("losses") or {})
+        return (loss, outputs) if return_outputs else loss
+
+    def _add_loss_parts(self, parts: dict[str, torch.Tensor]) -> None:
+        for name, value in parts.items():
+            self._loss_parts[name] = self._loss_parts.get(name, 0.0) + value.detach()
+        self._loss_parts_steps += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = logs | self._mean_loss_parts() | self.throughput.report()
+            if logs["data_wait_%"] > 100 * STARVING:
+                logger.warning(
+                    "The device waits for data %.0f %% of the time: raise --dataloader_num_workers, store smaller "
+                    "pictures, or keep a small data set on the device with --resident_data true.",
+                    logs["data_wait_%"],
+                )
+        super().log(logs, start_time)
+
+    def _mean_loss_parts(self) -> dict[str, float]:
+        """The parts of the loss, averaged over the steps since the last line and over the processes."""
+        means = {}
+        for name, value in self._loss_parts.items():
+            mean = self.accelerator.gather(value / self._loss_parts_steps).mean().item()
+            means[f"loss_{name}"] = round(mean, 5)
+        self._loss_parts, self._loss_parts_steps = {}, 0
+        return means
+
+    def _compute_dtype(self) -> torch.dtype:
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else torch.float32
+
+
+def _already_a_batch(batch: dict) -> dict:
+    return batch

@@ -1,0 +1,107 @@
+"""Pictures for people: grids of what a model masks and predicts, loss curves, embedding plots."""
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+# Inches of one small picture in a grid.
+CELL = 1.3
+
+
+def picture_grid(panels: dict[str, torch.Tensor], rows: int = 8) -> Image.Image:
+    """One row per picture, one named column per panel.
+
+    Args:
+        panels: name -> float (batch, channels, height, width) in [0, 1]. One channel is drawn gray, of three or more
+            the first three are drawn as red, green and blue.
+        rows: pictures drawn at most.
+
+    Returns:
+        An RGB picture.
+    """
+    plt = _pyplot()
+    first = next(iter(panels.values()))
+    rows = min(rows, len(first))
+    ratio = first.shape[-2] / first.shape[-1]
+    figure, axes = plt.subplots(
+        rows, len(panels), figsize=(CELL * len(panels) + 0.4, CELL * ratio * rows + 0.5), squeeze=False
+    )
+    for column, (name, panel) in enumerate(panels.items()):
+        axes[0, column].set_title(name.replace(" (", "\n("), fontsize=7)
+        for row in range(rows):
+            axes[row, column].imshow(_drawable(panel[row]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    for axis in axes.flat:
+        axis.axis("off")
+    return _rendered(figure)
+
+
+def loss_curve(log_history: list[dict], path: str | Path) -> Path:
+    """Draws loss and online kNN accuracy of a Trainer's `state.log_history` over the epochs."""
+    plt = _pyplot()
+    losses = [(line["epoch"], line["loss"]) for line in log_history if "loss" in line]
+    accuracies = [(line["epoch"], line["knn_accuracy"]) for line in log_history if "knn_accuracy" in line]
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    axis.plot(*zip(*losses, strict=True), color="tab:blue") if losses else None
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("loss", color="tab:blue")
+    if accuracies:
+        right = axis.twinx()
+        right.plot(*zip(*accuracies, strict=True), color="tab:orange", marker="o")
+        right.set_ylabel("online kNN accuracy", color="tab:orange")
+    return _saved(figure, path)
+
+
+def embedding_plot(
+    features: torch.Tensor, labels: torch.Tensor, path: str | Path, class_names: list[str] | None = None
+) -> Path:
+    """Draws features in two dimensions (t-SNE of at most 50 principal components), one colour per class.
+
+    Args:
+        features: float (n, dim); a thousand or two are enough.
+        labels: int64 (n,).
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    plt = _pyplot()
+    components = PCA(min(50, *features.shape), random_state=0).fit_transform(features.numpy())
+    points = TSNE(init="pca", random_state=0, perplexity=min(30, len(features) / 4)).fit_transform(components)
+    figure, axis = plt.subplots(figsize=(6, 5))
+    for label in labels.unique().tolist():
+        chosen = (labels == label).numpy()
+        axis.scatter(*points[chosen].T, s=6, label=class_names[label] if class_names else str(label))
+    axis.legend(fontsize=7, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.set_xticks([])
+    axis.set_yticks([])
+    return _saved(figure, path)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _drawable(picture: torch.Tensor):
+    channels = picture[:3] if picture.shape[0] >= 3 else picture[:1]
+    return channels.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy()
+
+
+def _rendered(figure) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    _pyplot().close(figure)
+    buffer.seek(0)
+    return Image.open(buffer).convert("RGB")
+
+
+def _saved(figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _rendered(figure).save(path)
+    return path
