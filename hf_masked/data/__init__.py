@@ -1,14 +1,14 @@
 """Data for pretraining: where pictures come from, and torch data sets whose every draw is keyed by epoch and index."""
 
+from hf_masked.data.bad_images import BadImageLog
 from hf_masked.data.images import (
-    BadImageLog,
     ImageDataset,
     KeyedSampler,
     ResidentImageDataset,
     StreamingImageDataset,
     collate_images,
-    labelled_tensors,
 )
+from hf_masked.data.labelled import labelled_tensors
 from hf_masked.data.sources import ImageSource, StreamingImageSource, load_images
 
 __all__ = [

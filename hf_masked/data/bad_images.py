@@ -32,7 +32,7 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.source)
 
-    def good_one(self, index: int):
+    def good_one(self, index: int) -> tuple[Image.Image | torch.Tensor, int]:
         """The picture, or the next good one, converted but not cropped, and its index."""
         n = len(self.source)
         for candidate in (number % n for number in range(index, index + n)):
@@ -40,7 +40,7 @@ class Pictures:
             if image is not None:
                 return image, candidate
             self._check(n)
-        raise ValueError(too_many_bad(self.bad.values(), n, self.source.name))
+        raise ValueError(too_many_bad(self.bad.values(), len(self.bad), n))
 
     def faults(self, indices: Iterable[int]) -> list[str]:
         """What is wrong with those of `indices` that are bad. The ones that were met in passing, in search of a
@@ -61,7 +61,7 @@ class Pictures:
                 )
         return torch.stack(images), torch.tensor(used)
 
-    def _good_or_none(self, index: int):
+    def _good_or_none(self, index: int) -> Image.Image | torch.Tensor | None:
         if index in self.bad:
             return None
         try:
@@ -76,11 +76,10 @@ class Pictures:
         """Raises as soon as it is certain that too many are bad. If there was no good one yet, a look around decides:
         the beginning may be one damaged folder of many."""
         suspicious = not self.any_good and len(self.bad) == SUSPICIOUS
-        nothing_good = suspicious and all(
-            self._good_or_none(index) is None for index in range(0, n, max(1, n // SUSPICIOUS))
-        )
-        if nothing_good or len(self.bad) > self.max_bad_share * n:
-            raise ValueError(too_many_bad(self.bad.values(), n, self.source.name))
+        if suspicious and all(self._good_or_none(index) is None for index in range(0, n, max(1, n // SUSPICIOUS))):
+            raise ValueError(too_many_bad(self.bad.values(), len(self.bad), len(self.bad)))
+        if len(self.bad) > self.max_bad_share * n:
+            raise ValueError(too_many_bad(self.bad.values(), len(self.bad), n))
 
 
 class BadImageLog:
@@ -96,7 +95,7 @@ class BadImageLog:
         self.min_seen = MIN_SEEN if num_pictures is None else min(MIN_SEEN, num_pictures)
         self.seen = 0
         self.bad_seen = 0
-        self.names: dict[str, None] = {}  # in the order in which they turned up
+        self.faults: dict[str, None] = {}  # each once, in the order in which they turned up
 
     def add(self, batch: dict) -> None:
         """Takes note of a batch; each bad picture is logged once.
@@ -105,32 +104,34 @@ class BadImageLog:
             ValueError: if too many of the pictures seen so far are bad.
         """
         self.seen += len(batch["pixels"])
+        for fault in batch["bad"]:
+            if fault not in self.faults:
+                logger.warning("Bad picture, another takes its place: %s", fault)
+                self.faults[fault] = None
         self.bad_seen += len(batch["bad"])
-        for name in batch["bad"]:
-            if name not in self.names:
-                logger.warning("Bad picture, another takes its place: %s", name)
-                self.names[name] = None
         if self.seen >= self.min_seen and self.bad_seen > self.max_bad_share * self.seen:
-            raise ValueError(too_many_bad(self.names, self.bad_seen, self.seen, self.max_bad_share))
+            raise ValueError(too_many_bad(self.faults, self.bad_seen, self.seen))
 
 
-def decode_picture(content, name: str, num_channels: int):
-    """A Pillow picture or a uint8 tensor with the right channels; BadImageError, with the name, for anything else."""
+def decode_picture(content: Content | BadImageError, name: str, num_channels: int) -> Image.Image | torch.Tensor:
+    """A Pillow picture or a uint8 tensor (channels, height, width) with the right channels.
+
+    Raises:
+        BadImageError: for anything else, with the name; the given one, if that is the content.
+    """
     if isinstance(content, BadImageError):
         raise content
     try:
         image = content if isinstance(content, np.ndarray) else open_image(content, name)
         return to_channels(image, num_channels)
-    # Pillow decodes some pictures that it cannot convert (LAB), and stumbles over damaged orientation tags.
-    except Exception as error:
+    except BadImageError as error:
         message = str(error)
         raise BadImageError(message if message.startswith(name) else f"{name}: {message}") from error
 
 
-def too_many_bad(names: Iterable[str], seen: int, source: str) -> str:
-    """The message that ends a run: how many of the `seen` pictures of `source` are bad, and the first of them."""
-    names = list(names)
+def too_many_bad(faults: Iterable[str], bad: int, seen: int) -> str:
+    """The message that ends a run because `bad` of the `seen` pictures are bad, in the way that `faults` tell."""
     return (
-        f"{len(names)} of {seen} pictures of {source} are bad, for example {'; '.join(names[:3])}. Repair or remove "
-        "them, check num_channels, or raise max_bad_share."
+        f"{bad} of {seen} pictures are bad, for example {'; '.join(list(faults)[:3])}. Repair or remove them, "
+        "check num_channels, or raise max_bad_share."
     )

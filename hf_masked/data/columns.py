@@ -61,8 +61,8 @@ def read_cell(cell, where: str) -> tuple[bytes | str | np.ndarray, str]:
         where: what to call the cell in messages.
 
     Returns:
-        The encoded bytes, a local path, or an array of the nested lists' shape; and a name for messages: the path of
-        a file, else `where`.
+        The encoded bytes, a local path, or an array of the nested lists' shape; and a name for messages: the path, if
+        there is one, and `where`, unless the path is that of a file.
 
     Raises:
         BadImageError: for an empty cell, ragged lists, or a URL that cannot be read.
@@ -75,7 +75,11 @@ def read_cell(cell, where: str) -> tuple[bytes | str | np.ndarray, str]:
         return _nested_lists(cell.values, where), where
     content = None if cell is None else cell.as_py()
     if isinstance(content, dict):
-        content = content["path"] if content["bytes"] is None else content["bytes"]
+        content, path = content["bytes"], content["path"]
+        if content is None:
+            content = path
+        elif path is not None:
+            where = f"{path} ({where})"
     if content is None:
         raise BadImageError(f"{where}: an empty cell")
     if not isinstance(content, str):

@@ -6,6 +6,7 @@ place, and its name travels with the batch.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate, get_worker_info
@@ -18,6 +19,9 @@ from hf_masked.randomness import sample_keys
 
 # Separates the order of an epoch from the draws of processors, whose purposes count from 0.
 ORDER = -1
+
+# Pictures of a stream that are decoded before they are prepared together: drawing for them one by one is slow.
+CHUNK = 32
 
 
 class ImageDataset(Dataset):
@@ -159,21 +163,24 @@ class StreamingImageDataset(IterableDataset):
             ValueError: if there is no good picture among the first `MIN_SEEN`.
         """
         epoch = int(self._epoch)
-        sample, bad = None, []
-        for index, image, label in self._decoded(epoch):
-            if isinstance(image, BadImageError):
-                bad.append(str(image))
-                if sample is None and len(bad) == MIN_SEEN:
-                    break
-                continue
-            if sample is not None:
-                yield sample
-            sample, bad = self._sample(epoch, index, image, label, bad), []
-        if sample is not None:
-            sample["bad"] += bad  # the last one takes the names that came after it
-            yield sample
+        decoded = self._decoded(epoch)
+        last, bad = None, []
+        while chunk := list(islice(decoded, CHUNK)):
+            bad += [str(image) for _, image, _ in chunk if isinstance(image, BadImageError)]
+            good = [sample for sample in chunk if not isinstance(sample[1], BadImageError)]
+            if good:
+                if last is not None:
+                    yield last
+                *others, last = self._samples(epoch, good, bad)
+                yield from others
+                bad = []
+            elif last is None and len(bad) >= MIN_SEEN:
+                break
+        if last is not None:
+            last["bad"] += bad  # held back, so that names which no sample follows are not lost
+            yield last
         elif bad:
-            raise ValueError(too_many_bad(bad, len(bad), self.source.name))
+            raise ValueError(too_many_bad(bad, len(bad), len(bad)))
 
     def _decoded(self, epoch: int):
         worker = get_worker_info()
@@ -189,12 +196,15 @@ class StreamingImageDataset(IterableDataset):
                 image = error
             yield place * world_size + rank, image, label
 
-    def _sample(self, epoch: int, index: int, image, label: int | None, bad: list[str]) -> dict:
-        indices = torch.tensor([index])
-        keys = _crop_keys(self.seed, [epoch], indices) if self.training else None
-        pixels = self.processor.prepare([image], keys)[0]
-        sample = {"pixels": pixels, "indices": index, "epoch": epoch, "bad": bad}
-        return sample if label is None else {**sample, "labels": label}
+    def _samples(self, epoch: int, decoded: list[tuple], bad: list[str]) -> list[dict]:
+        """Samples of decoded pictures; the first one carries the names of the bad."""
+        indices, images, labels = zip(*decoded, strict=True)
+        keys = sample_keys(self.seed, epoch, indices, purpose=CROP) if self.training else None
+        columns = {"pixels": self.processor.prepare(list(images), keys), "indices": indices}
+        if labels[0] is not None:
+            columns["labels"] = labels
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        return [{**row, "epoch": epoch, "bad": [] if place else bad} for place, row in enumerate(rows)]
 
 
 class KeyedSampler(Sampler):
@@ -247,5 +257,3 @@ def _crop_keys(seed: int, epochs: Iterable[int], indices: torch.Tensor) -> torch
 def _batch(pixels, indices, epochs, labels, bad) -> dict:
     batch = {"pixels": pixels, "indices": indices, "epoch": torch.tensor(epochs[0]), "bad": bad}
     return batch if labels is None else {**batch, "labels": labels[indices]}
-
-

@@ -75,5 +75,3 @@ def _balanced_order(labels: torch.Tensor, seed: int) -> torch.Tensor:
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
     turn = torch.arange(len(labels)) - starts
     return by_class[turn.argsort(stable=True)]
-
-

@@ -37,6 +37,8 @@ DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 DEBIAN_PREFIXES = {"train": "train", "test": "t10k"}
 APT_TIMEOUT = 300.0  # seconds
+# Without these an unreachable mirror costs minutes.
+APT_OPTIONS = ["-o", "Acquire::http::Timeout=10", "-o", "Acquire::https::Timeout=10", "-o", "Acquire::Retries=1"]
 
 Pictures = tuple[str, np.ndarray, np.ndarray, list[str]]  # name, uint8 (n, height, width), int64 (n,), class names
 
@@ -150,13 +152,21 @@ def _store_hub_copy(split: str, target: Path) -> bool:
 
 
 def _from_debian(split: str) -> tuple[str, np.ndarray, np.ndarray] | None:
+    folder = _debian_folder()
+    if folder is None:
+        return None
+    prefix = DEBIAN_PREFIXES[split]
+    images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
+    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").astype(np.int64)
+    return f"Fashion-MNIST (Debian's {DEBIAN_PACKAGE})", images, labels
+
+
+def _debian_folder() -> Path | None:
+    if DEBIAN_FOLDER.is_dir():
+        return DEBIAN_FOLDER
     unpacked = cache_folder() / "fashion_mnist" / "debian"
-    for folder in (DEBIAN_FOLDER, unpacked / DEBIAN_FOLDER.relative_to("/")):
-        if folder.is_dir() or (folder.is_relative_to(unpacked) and _unpack_package(unpacked)):
-            prefix = DEBIAN_PREFIXES[split]
-            images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
-            labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").astype(np.int64)
-            return f"Fashion-MNIST (Debian's {DEBIAN_PACKAGE})", images, labels
+    if unpacked.is_dir() or _unpack_package(unpacked):
+        return unpacked / DEBIAN_FOLDER.relative_to("/")
     return None
 
 
@@ -180,12 +190,12 @@ def _unpack_package(target: Path) -> bool:
 
 def _download_package(folder: Path) -> None:
     try:
-        _run("apt-get", "download", DEBIAN_PACKAGE, cwd=folder)
+        _run("apt-get", *APT_OPTIONS, "download", DEBIAN_PACKAGE, cwd=folder)
     except subprocess.CalledProcessError:
         # A container's lists of packages are often empty. A set of lists in a folder of our own needs no root.
         (folder / "state/lists/partial").mkdir(parents=True)
         (folder / "cache/archives/partial").mkdir(parents=True)
-        own_lists = ["-o", f"Dir::State={folder}/state", "-o", f"Dir::Cache={folder}/cache"]
+        own_lists = [*APT_OPTIONS, "-o", f"Dir::State={folder}/state", "-o", f"Dir::Cache={folder}/cache"]
         own_lists += ["-o", "Dir::State::status=/var/lib/dpkg/status"]
         _run("apt-get", *own_lists, "update", cwd=folder)
         _run("apt-get", *own_lists, "download", DEBIAN_PACKAGE, cwd=folder)

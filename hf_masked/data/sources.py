@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from hf_masked.data import small_sets
 from hf_masked.data.columns import find_image_column, find_label_column, read_cell
@@ -157,8 +158,11 @@ class StreamingImageSource:
             Content (or the error that stands in its place), its name for messages, and its label: -1 for an empty
             cell, None where the stream has no labels.
         """
+        import fsspec
         from datasets.distributed import split_dataset_by_node
 
+        if get_worker_info() is not None:
+            fsspec.asyn.reset_lock()  # a lock that was taken when the worker was forked would never be freed
         rows = self._rows if shuffle_seed is None else self._rows.shuffle(seed=shuffle_seed, buffer_size=buffer_size)
         if world_size > 1:
             strategy = "shards" if rows.num_shards >= world_size else "examples"
@@ -240,9 +244,9 @@ def _load_rows(dataset_name, split, config_name, streaming, cache_dir):
         )
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         in_file = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
-        reason = " ".join(str(in_file or error).split())
+        reason = " ".join(str(in_file or error).split()).rstrip(".")
         raise ValueError(
-            f"{dataset_name!r}, split {split!r}, cannot be loaded: {reason} Give a folder or file that exists or the "
+            f"{dataset_name!r}, split {split!r}, cannot be loaded: {reason}. Give a folder or file that exists or the "
             "id of a data set on the Hub, and one of its splits."
         ) from error
 
@@ -277,8 +281,8 @@ def _locate_in_folder(folder: Path) -> tuple[str, dict]:
     suffix = next((suffix for suffix in suffixes if suffix in known), None)
     if suffix is None:
         raise ValueError(
-            f"The folder '{folder}' holds no pictures: put image files (.jpg, .png, ...) there, in sub-folders by class "
-            "if they have classes, or Parquet or tar files."
+            f"The folder '{folder}' holds no pictures: put image files there (.jpg, .png, ...; sub-folders are "
+            "classes), or Parquet or tar files."
         )
     if suffix in FILE_BUILDERS:
         return str(folder), {}

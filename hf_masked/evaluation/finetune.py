@@ -112,6 +112,7 @@ def finetune(
             "logging_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
+            "dataloader_pin_memory": False,
             "seed": seed,
         } | (training_arguments or {})
         trainer = FineTuner(

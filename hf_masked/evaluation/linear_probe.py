@@ -74,7 +74,7 @@ def batchnorm_head(
     generator = torch.Generator().manual_seed(seed)
     device = features.device
     features, labels = features.float(), labels.to(device)
-    linear = nn.Linear(features.shape[1], int(labels.max()) + 1)
+    linear = nn.utils.skip_init(nn.Linear, features.shape[1], int(labels.max()) + 1)
     nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
     nn.init.zeros_(linear.bias)
     model = nn.Sequential(nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6), linear).to(device)

@@ -18,6 +18,8 @@ from hf_masked.randomness import keyed_draw, sample_keys
 # Purposes of the draws, see `sample_keys`.
 CROP, AUGMENT, MASK = range(3)
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 BICUBIC = int(Image.Resampling.BICUBIC)
 
 
@@ -34,7 +36,8 @@ class MaskedImageProcessor(BaseImageProcessor):
         photometric: settings of `Photometric`, or None.
         crop_fraction: side of the central crop without training, as a share of the largest one that fits.
         resample: Pillow's number of the filter; 3 is bicubic. Arrays and tensors are always resized bicubically.
-        image_mean, image_std: one number per channel, for values in [0, 1].
+        image_mean, image_std: one number per channel, or one for all, for values in [0, 1]; by default ImageNet's for
+            three channels and 0.5 for others.
         mask_kind: a name in `hf_masked.processing.masks.MASKS`, or None for no mask.
         mask_unit: side of a mask unit in pixels, or (height, width): the model's patch size, for most methods.
         mask_ratio: share of masked units.
@@ -53,8 +56,8 @@ class MaskedImageProcessor(BaseImageProcessor):
         photometric: dict | None = None,
         crop_fraction: float = 0.875,
         resample: int = BICUBIC,
-        image_mean: list[float] | float = (0.485, 0.456, 0.406),
-        image_std: list[float] | float = (0.229, 0.224, 0.225),
+        image_mean: list[float] | float | None = None,
+        image_std: list[float] | float | None = None,
         mask_kind: str | None = "random",
         mask_unit: int | tuple[int, int] = 16,
         mask_ratio: float = 0.75,
@@ -70,8 +73,8 @@ class MaskedImageProcessor(BaseImageProcessor):
         self.photometric = Photometric(**photometric).to_dict() if photometric else None
         self.crop_fraction = crop_fraction
         self.resample = int(resample)
-        self.image_mean = _per_channel("image_mean", image_mean, num_channels)
-        self.image_std = _per_channel("image_std", image_std, num_channels)
+        self.image_mean = _per_channel("image_mean", image_mean, IMAGENET_MEAN, num_channels)
+        self.image_std = _per_channel("image_std", image_std, IMAGENET_STD, num_channels)
         self.mask_kind = mask_kind
         self.mask_unit = [mask_unit, mask_unit] if isinstance(mask_unit, int) else list(mask_unit)
         self.mask_ratio = mask_ratio
@@ -160,7 +163,7 @@ class MaskedImageProcessor(BaseImageProcessor):
     def finish_training(
         self, pixels: torch.Tensor, indices: torch.Tensor, seed: int, epochs: int | torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """`finish` with everything drawn for the samples `indices`, int64 (batch,), in their epochs of a seeded run."""
+        """`finish` with everything drawn for the samples `indices`, int64 (batch,), in an epoch of a seeded run."""
         return self.finish(
             pixels,
             augment_keys=sample_keys(seed, epochs, indices, purpose=AUGMENT),
@@ -247,7 +250,9 @@ def _range(name: str, values, low: float, high: float) -> list[float]:
     return [float(first), float(last)]
 
 
-def _per_channel(name: str, values, num_channels: int) -> list[float]:
+def _per_channel(name: str, values, imagenet: tuple[float, ...], num_channels: int) -> list[float]:
+    if values is None:
+        values = imagenet if num_channels == 3 else 0.5
     values = [float(values)] if isinstance(values, int | float) else [float(value) for value in values]
     if len(values) == 1:
         values *= num_channels

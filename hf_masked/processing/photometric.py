@@ -43,8 +43,13 @@ class Photometric:
             value = getattr(self, field.name)
             if field.name.endswith("_probability") and not 0.0 <= value <= 1.0:
                 raise ValueError(f"photometric.{field.name} is {value}; a probability lies in [0, 1].")
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"photometric.{name} is {getattr(self, name)}; a strength is at least 0.")
         if not 0.0 <= self.hue <= 0.5:
             raise ValueError(f"photometric.hue is {self.hue}; it must lie in [0, 0.5].")
+        if len(self.blur_sigma) != 2 or not 0.0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"photometric.blur_sigma is {self.blur_sigma}; it must be (smallest, largest), above 0.")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -82,10 +87,14 @@ class Photometric:
             adjust_saturation_with_gray_subtraction,
         )
 
-        pixels = adjust_brightness_accumulative(pixels, _factor(brightness, self.brightness))
-        pixels = adjust_contrast_with_mean_subtraction(pixels, _factor(contrast, self.contrast))
-        if pixels.shape[1] == 3:
+        if self.brightness:
+            pixels = adjust_brightness_accumulative(pixels, _factor(brightness, self.brightness))
+        if self.contrast:
+            pixels = adjust_contrast_with_mean_subtraction(pixels, _factor(contrast, self.contrast))
+        if self.saturation and pixels.shape[1] == 3:
             pixels = adjust_saturation_with_gray_subtraction(pixels, _factor(saturation, self.saturation))
+        # A rotation by nothing would not give back the same numbers.
+        if self.hue and pixels.shape[1] == 3:
             pixels = adjust_hue(pixels, (2 * hue - 1) * self.hue * 2 * torch.pi)
         return pixels
 

@@ -41,11 +41,10 @@ def random_resized_crop_boxes(
     width = (area * aspect).sqrt().round()
     height = (area / aspect).sqrt().round()
     fits = (width >= 1) & (height >= 1) & (width <= full_width) & (height <= full_height)
-    first = fits.float().argmax(dim=1, keepdim=True)
+    found, first = fits.any(dim=1, keepdim=True), fits.float().argmax(dim=1, keepdim=True)
     fallback_height, fallback_width = _largest_box(full_height, full_width, ratio)
-    height = torch.where(fits.any(dim=1, keepdim=True), height.gather(1, first), fallback_height)
-    width = torch.where(fits.any(dim=1, keepdim=True), width.gather(1, first), fallback_width)
-    found = fits.any(dim=1, keepdim=True)
+    height = torch.where(found, height.gather(1, first), fallback_height)
+    width = torch.where(found, width.gather(1, first), fallback_width)
     top = torch.where(found, numbers[:, -2:-1] * (full_height - height + 1), (full_height - height) / 2).floor()
     left = torch.where(found, numbers[:, -1:] * (full_width - width + 1), (full_width - width) / 2).floor()
     return torch.cat([top, left, height, width], dim=1).long()
@@ -77,7 +76,9 @@ def crop_and_resize_batch(images: torch.Tensor, boxes: torch.Tensor, size: tuple
     """Crops and resizes a batch of equally sized pictures on their device, each to its own box.
 
     The filter is Pillow's antialiased bicubic one, written as two small matrix products per picture, so that the
-    result agrees with `crop_and_resize` up to rounding.
+    result agrees with `crop_and_resize` up to rounding. Two things differ: Pillow 13 takes the columns first for some
+    sizes, which shows where the filter overshoots the range and is cut off in between; and Pillow weighs colours by
+    opacity in pictures of mode RGBA, which are four channels like any others here.
 
     Args:
         images: uint8 (batch, channels, height, width).
@@ -118,6 +119,6 @@ def _between(numbers: torch.Tensor, low: float, high: float) -> torch.Tensor:
 
 def _largest_box(full_height: torch.Tensor, full_width: torch.Tensor, ratio: tuple[float, float]):
     """Height and width of the largest box whose width / height lies in `ratio`."""
-    width = torch.minimum(full_width, (full_height * ratio[1]).round())
-    height = torch.minimum(full_height, (full_width / ratio[0]).round())
+    width = torch.minimum(full_width, (full_height * ratio[1]).round().clamp(min=1))
+    height = torch.minimum(full_height, (full_width / ratio[0]).round().clamp(min=1))
     return height, width

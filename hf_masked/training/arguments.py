@@ -45,9 +45,10 @@ class PreTrainingArguments(TrainingArguments):
             "(Fashion-MNIST, digits)."
         },
     )
-    max_bad_image_share: float = field(
+    max_bad_share: float = field(
         default=0.1, metadata={"help": "Share of unreadable pictures above which the run stops with an error."}
     )
+    dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that read pictures."})
     # Pretraining drops the last, smaller batch: every step then has the same shape and the same weight.
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last, incomplete batch."})
     # The filter reads the loss from the device at every step.

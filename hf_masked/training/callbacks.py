@@ -33,6 +33,23 @@ class TrainingProgressCallback(TrainerCallback):
             model.training_progress = state.global_step / max(1, state.max_steps)
 
 
+class EpochCallback(TrainerCallback):
+    """Tells a sampler or a stream which epoch begins.
+
+    Accelerate's loaders do so too, but not in several processes after a resume in the middle of an epoch, and plain
+    loaders of streams never do.
+
+    Args:
+        follower: has `set_epoch`.
+    """
+
+    def __init__(self, follower):
+        self.follower = follower
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.follower.set_epoch(int(state.epoch or 0))
+
+
 class EpochIntervalCallback(TrainerCallback):
     """Base: calls `act(state, model)` every so many epochs and at the end of training.
 

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_masked
-from hf_masked.data.images import (
+from hf_masked.data import (
     ImageDataset,
     ResidentImageDataset,
     StreamingImageDataset,
@@ -84,7 +84,7 @@ def make_model(variant: Variant, method: MethodArguments) -> PreTrainedModel:
 
 
 def make_processor(variant: Variant, model: PreTrainedModel, method: MethodArguments):
-    """The variant's processor: fitted to the config, with the normalisation of a pretrained encoder, then the recipe's."""
+    """The variant's processor, fitted to the config and to a pretrained encoder's normalisation, then the recipe's."""
     settings = model.config.processor_settings()
     if method.from_backbone:
         settings |= _normalization_of(method.from_backbone)
@@ -103,11 +103,13 @@ def _normalization_of(checkpoint: str) -> dict:
 def make_dataset(source, processor, args: PreTrainingArguments, streaming: bool):
     """The training set: resident on the device where that is asked for or natural, else read by workers."""
     if streaming:
-        return StreamingImageDataset(source, processor, seed=args.seed)
+        return StreamingImageDataset(source, processor, args.seed, rank=args.process_index, world_size=args.world_size)
     resident = source.as_tensor() is not None if args.resident_data is None else args.resident_data
     if resident:
-        return ResidentImageDataset(source, processor, seed=args.seed, device=args.device)
-    return ImageDataset(source, processor, seed=args.seed)
+        return ResidentImageDataset(
+            source, processor, args.seed, device=args.device, max_bad_share=args.max_bad_share
+        )
+    return ImageDataset(source, processor, args.seed, max_bad_share=args.max_bad_share)
 
 
 def add_observers(trainer: PreTrainer, source, data: DataArguments) -> None:
@@ -126,7 +128,8 @@ def add_observers(trainer: PreTrainer, source, data: DataArguments) -> None:
         logger.warning("No online probe: %s", error)
         test_source = None
     if args.picture_every_epochs:
-        images, _ = labelled_tensors(test_source or source, processor, limit=PICTURES, seed=args.seed)
+        shown = ImageDataset(test_source or source, processor, training=False)
+        images = shown.__getitems__([(0, index) for index in range(min(PICTURES, len(shown)))])["pixels"]
         trainer.add_callback(PictureCallback(trainer, images, args.picture_every_epochs))
     if args.probe_every_epochs and test_source is not None and source.labels() is not None:
         trainer.add_callback(

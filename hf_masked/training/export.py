@@ -1,5 +1,6 @@
 """Leaving the package: a plain transformers checkpoint of the encoder, with a stock image processor beside it."""
 
+import copy
 import logging
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def export_encoder(model: VariantModel, processor, output: str | Path, rgb: bool
     backbone: PreTrainedModel = model.backbone
     mean, std = processor.image_mean, processor.image_std
     if rgb:
-        backbone, mean, std = fold_gray_to_rgb(backbone), mean * 3, std * 3
+        backbone, mean, std = fold_gray_to_rgb(copy.deepcopy(backbone)), mean * 3, std * 3
     elif backbone.config.num_channels != 3:
         logger.warning(
             "The encoder takes %d channels; transformers' pipelines give RGB.%s",
@@ -40,5 +41,5 @@ def export_encoder(model: VariantModel, processor, output: str | Path, rgb: bool
             " Export with rgb=True (--rgb) to use it in them." if backbone.config.num_channels == 1 else "",
         )
     backbone.save_pretrained(output)
-    save_stock_processor(processor, output, image_mean=mean, image_std=std)
+    save_stock_processor(processor, output, image_mean=mean, image_std=std, do_convert_rgb=len(mean) == 3)
     return Path(output)

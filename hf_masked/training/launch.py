@@ -23,7 +23,7 @@ def check_launch(accelerator: Accelerator) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > accelerator.num_processes:
         raise LaunchError(
-            f"{world_size} processes were started, but this one sees {accelerator.num_processes}: they are not connected "
+            f"{world_size} processes were started, this one sees {accelerator.num_processes}: they are not connected "
             "and would each train alone. Without GPUs launch with `--config_file accelerate_configs/cpu_2.yaml`."
         )
     asked = _processes_asked_of_accelerate()

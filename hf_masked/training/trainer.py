@@ -12,9 +12,16 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from hf_masked.data.images import BadImageLog, KeyedSampler
+from hf_masked.data import (
+    BadImageLog,
+    ImageDataset,
+    KeyedSampler,
+    ResidentImageDataset,
+    StreamingImageDataset,
+    collate_images,
+)
 from hf_masked.training.arguments import PreTrainingArguments
-from hf_masked.training.callbacks import TrainingProgressCallback
+from hf_masked.training.callbacks import EpochCallback, TrainingProgressCallback
 from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
 from hf_masked.training.optimization import parameter_groups, scaled_learning_rate
 from hf_masked.training.throughput import STARVING, ThroughputMeter
@@ -29,7 +36,7 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
         model: of the catalogue, or any model whose `forward` returns a loss.
         args: `PreTrainingArguments`.
         processing_class: the image processor, whose `finish_training` makes the model's inputs on the device.
-        train_dataset: of `hf_masked.data.images`; other data sets work as in the plain Trainer.
+        train_dataset: of `hf_masked.data`; other data sets work as in the plain Trainer.
     """
 
     args: PreTrainingArguments
@@ -41,7 +48,7 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
                 self.args.base_learning_rate, self.effective_batch_size, self.args.base_batch_size
             )
         self.throughput = ThroughputMeter(self.args.device, self._compute_dtype())
-        self.bad_images = BadImageLog(max_share=self.args.max_bad_image_share)
+        self.bad_images = BadImageLog(self.args.max_bad_share)
         self._loss_parts: dict[str, torch.Tensor] = {}
         self._loss_parts_steps = 0
         self.add_callback(TrainingProgressCallback())
@@ -52,26 +59,37 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def get_train_dataloader(self) -> DataLoader:
-        if not hasattr(self.train_dataset, "__getitems__") or not hasattr(self.train_dataset, "processor"):
+        dataset, args = self.train_dataset, self.args
+        settings = {
+            "batch_size": self._train_batch_size,
+            "collate_fn": collate_images,
+            "drop_last": args.dataloader_drop_last,
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory,
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+        }
+        if isinstance(dataset, StreamingImageDataset):
+            self._follow_epochs(dataset)
+            # It splits itself over the processes, so Accelerate must not.
+            return DataLoader(dataset, **settings)
+        if not isinstance(dataset, ImageDataset | ResidentImageDataset):
             return super().get_train_dataloader()
-        samples, batch = len(self.train_dataset), self._train_batch_size * self.args.world_size
-        if self.args.dataloader_drop_last and samples < batch:
+        if isinstance(dataset, ResidentImageDataset):
+            settings |= dict.fromkeys(("pin_memory", "persistent_workers"), False)
+            settings |= {"num_workers": 0, "prefetch_factor": None}
+        if args.dataloader_drop_last and len(dataset) < self._train_batch_size * args.world_size:
             raise ValueError(
-                f"The data set has {samples} pictures, fewer than one batch of {batch} over all processes: lower "
-                "per_device_train_batch_size."
+                f"The data set has {len(dataset)} pictures, fewer than one batch of "
+                f"{self._train_batch_size * args.world_size} over all processes: lower per_device_train_batch_size."
             )
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            sampler=KeyedSampler(samples, self.args.seed),
-            collate_fn=_already_a_batch,
-            drop_last=self.args.dataloader_drop_last,
-            num_workers=0 if self.train_dataset.resident else self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and not self.train_dataset.resident,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
+        sampler = KeyedSampler(len(dataset), args.seed)
+        self._follow_epochs(sampler)
+        return self.accelerator.prepare(DataLoader(dataset, sampler=sampler, **settings))
+
+    def _follow_epochs(self, follower) -> None:
+        self.remove_callback(EpochCallback)
+        self.add_callback(EpochCallback(follower))
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -99,7 +117,7 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
             return inputs
         self.bad_images.add(inputs)
         return self.processing_class.finish_training(
-            inputs["pixels"], inputs["indices"], self.args.seed, inputs["epochs"]
+            inputs["pixels"], inputs["indices"], self.args.seed, inputs["epoch"]
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -141,7 +159,3 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
         if self.args.bf16:
             return torch.bfloat16
         return torch.float16 if self.args.fp16 else torch.float32
-
-
-def _already_a_batch(batch: dict) -> dict:
-    return batch

@@ -343,8 +343,8 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> MAEConfig:
     hidden_size, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     if hidden_size not in OFFICIAL_HEADS:
         raise ValueError(
-            f"The checkpoint's encoder is {hidden_size} wide and does not say how many heads it has; that is known for "
-            f"the released widths ({', '.join(map(str, OFFICIAL_HEADS))}) only: pass a config."
+            f"The checkpoint's encoder is {hidden_size} wide and does not say how many heads it has, which is known "
+            f"for the released widths only ({', '.join(map(str, OFFICIAL_HEADS))}): pass a config."
         )
     grid = round((state_dict["pos_embed"].shape[1] - 1) ** 0.5)
     backbone_config = ViTConfig(

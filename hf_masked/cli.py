@@ -1,0 +1,273 @@
+"""The command line: `hf-masked list`, `info`, `convert`, `export`, `evaluate`, `finetune`, `visualize`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Masked modelling and Siamese learning for transformers. Pretraining itself: accelerate launch train.py",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Checkpoint = Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint.")]
+DatasetName = Annotated[
+    str, typer.Option(help="Hub id, folder of images, Parquet, `fashion_mnist` or `digits`; with labels.")
+]
+Output = Annotated[Path, typer.Argument(help="Folder to write.")]
+
+
+@app.command("list")
+def list_methods() -> None:
+    """Every method on one line."""
+    from hf_masked import CATALOGUE
+
+    row = "{:<14}{:<6}{:<20}{:<8}{:<26}{:<48}{}"
+    typer.echo(row.format("method", "year", "family", "data", "backbones", "masks", "predicts"))
+    for name, variant in sorted(CATALOGUE.items()):
+        config = variant.config
+        typer.echo(
+            row.format(
+                name,
+                config.paper_year,
+                variant.family,
+                config.modality,
+                ", ".join(config.backbones),
+                config.masks,
+                config.predicts,
+            )
+        )
+
+
+@app.command()
+def info(method: Annotated[str, typer.Argument(help="Name of a method, see `hf-masked list`.")]) -> None:
+    """One method: paper, classes, settings."""
+    from hf_masked import get_variant
+
+    variant = get_variant(method)
+    config = variant.config
+    facts = {
+        "paper": f"{config.paper_title} ({config.paper_year}), https://arxiv.org/abs/{config.arxiv_id}",
+        "reference": config.reference_repository or "no public implementation",
+        "official weights": f"{config.weights_licence}; `hf-masked convert {method} FILE OUT`"
+        if variant.convert
+        else "none",
+        "kind, family, data": f"{variant.kind}, {variant.family}, {config.modality}",
+        "backbones": ", ".join(config.backbones),
+        "masks": config.masks,
+        "predicts": config.predicts,
+        "classes": ", ".join(
+            c.__name__ for c in (config, variant.model, variant.pretraining, *variant.heads.values())
+        ),
+        "processor": config.processor,
+        "declined checks": "; ".join(f"{k}: {v}" for k, v in variant.pretraining.declined_checks.items()) or "none",
+    }
+    for name, value in facts.items():
+        typer.echo(f"{name:<20}{value}")
+    typer.echo(f"\n{config.__doc__.strip()}")
+
+
+@app.command()
+def convert(
+    method: Annotated[str, typer.Argument(help="Name of a method.")],
+    file: Annotated[Path, typer.Argument(help="Official checkpoint, e.g. mae_pretrain_vit_base.pth.")],
+    output: Output,
+    config: Annotated[
+        Path | None, typer.Option(help="A config.json, where the checkpoint's shapes do not tell it.")
+    ] = None,
+) -> None:
+    """Official weights into this package's layout."""
+    import hf_masked
+    from hf_masked.modeling.conversion import convert as convert_file
+
+    variant = hf_masked.get_variant(method)
+    model = convert_file(variant, file, variant.config.from_json_file(config) if config else None)
+    model.save_pretrained(output)
+    processor = getattr(hf_masked, variant.config.processor)(**model.config.processor_settings())
+    processor.save_pretrained(output)
+    typer.echo(f"Wrote {output}: {type(model).__name__}. The weights' licence: {variant.config.weights_licence}.")
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    output: Output,
+    rgb: Annotated[
+        bool, typer.Option("--rgb", help="Make an encoder of gray pictures take RGB, as pipelines give them.")
+    ] = False,
+) -> None:
+    """The plain encoder, which loads where hf_masked is not installed."""
+    from transformers import AutoImageProcessor, AutoModelForPreTraining
+
+    import hf_masked  # noqa: F401 (registers the methods)
+    from hf_masked.training.export import export_encoder
+
+    model = AutoModelForPreTraining.from_pretrained(checkpoint)
+    export_encoder(model, AutoImageProcessor.from_pretrained(checkpoint), output, rgb=rgb)
+    typer.echo(f"Wrote {output}: a plain {type(model.backbone).__name__} and its image processor.")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    dataset_name: DatasetName = "fashion_mnist",
+    knn: Annotated[bool, typer.Option(help="Weighted k nearest neighbours.")] = True,
+    linear: Annotated[list[str], typer.Option(help="Heads of linear probes: batchnorm, logistic.")] = ["batchnorm"],  # noqa: B006
+    finetune: Annotated[list[str], typer.Option(help="Shares of labels to fine-tune with, e.g. 1%, or counts.")] = [],  # noqa: B006
+    train_split: str = "train",
+    test_split: str = "test",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    limit: Annotated[int | None, typer.Option(help="Training pictures at most.")] = None,
+    seed: int = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file; by default evaluation.json in the checkpoint.")
+    ] = None,
+) -> None:
+    """Judges an encoder, ours or any of transformers, on labelled pictures; writes JSON."""
+    from hf_masked.evaluation.features import load_encoder
+    from hf_masked.evaluation.report import evaluate_encoder, write_report
+
+    encoder, settings = load_encoder(checkpoint)
+    train, test, name, _ = _labelled(
+        dataset_name, settings, (train_split, test_split), image_column, label_column, limit, seed
+    )
+    results = evaluate_encoder(
+        encoder,
+        settings,
+        train,
+        test,
+        knn=knn,
+        linear=tuple(linear),
+        finetune=tuple(_share_or_count(text) for text in finetune),
+        seed=seed,
+    )
+    for measure, figures in results.items():
+        typer.echo(f"{measure:<24}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    path = output or (Path(checkpoint) / "evaluation.json" if Path(checkpoint).is_dir() else Path("evaluation.json"))
+    write_report(path, results, checkpoint=checkpoint, dataset=name, seed=seed)
+    typer.echo(f"Wrote {path}.")
+
+
+@app.command()
+def finetune(
+    checkpoint: Checkpoint,
+    output: Output,
+    dataset_name: DatasetName = "fashion_mnist",
+    labels: Annotated[str, typer.Option(help="Share of the labels to use (1%, 100%) or their number.")] = "100%",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    batch_size: int = 64,
+    train_split: str = "train",
+    test_split: str = "test",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Fine-tunes an encoder into a plain classifier that `pipeline("image-classification")` serves."""
+    from hf_masked.evaluation.features import load_encoder
+    from hf_masked.evaluation.finetune import few_label_subset
+    from hf_masked.evaluation.finetune import finetune as finetune_encoder
+
+    encoder, settings = load_encoder(checkpoint)
+    (images, classes), test, _, names = _labelled(
+        dataset_name, settings, (train_split, test_split), image_column, label_column, None, seed
+    )
+    chosen = few_label_subset(classes, _share_or_count(labels), seed)
+    figures = finetune_encoder(
+        encoder,
+        images[chosen],
+        classes[chosen],
+        *test,
+        settings=settings,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        label_names=names,
+        output_dir=str(output),
+        training_arguments={"disable_tqdm": not sys.stderr.isatty()},
+    )
+    typer.echo(json.dumps(figures))
+    typer.echo(f"Wrote {output}: a plain classifier and its image processor.")
+
+
+@app.command()
+def visualize(
+    checkpoint: Checkpoint,
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("visualization.png"),
+    rows: Annotated[int, typer.Option(help="Pictures drawn at most.")] = 8,
+) -> None:
+    """Draws what a method masks and what it predicts."""
+    from transformers import AutoImageProcessor, AutoModelForPreTraining
+
+    import hf_masked  # noqa: F401 (registers the methods)
+    from hf_masked.processing.decoding import BadImageError, open_image
+    from hf_masked.training.visualization import picture_grid
+
+    model = AutoModelForPreTraining.from_pretrained(checkpoint).eval()
+    processor = AutoImageProcessor.from_pretrained(checkpoint)
+    pictures = []
+    for path in _image_files(images):
+        try:
+            pictures.append(open_image(str(path), str(path)))
+        except BadImageError as error:
+            typer.echo(f"left out: {error}", err=True)
+        if len(pictures) == rows:
+            break
+    if not pictures:
+        raise ValueError(f"There is no readable picture in {', '.join(map(str, images))}.")
+    panels = model.pictures(processor.finish(processor.prepare(pictures))["pixel_values"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    picture_grid({name: processor.denormalize(panel) for name, panel in panels.items()}, rows).save(output)
+    typer.echo(f"Wrote {output}.")
+
+
+def _labelled(dataset_name, settings, splits, image_column, label_column, limit, seed):
+    """Training and test pictures with labels, the data set's name and its classes' names."""
+    from hf_masked import MaskedImageProcessor
+    from hf_masked.data import labelled_tensors, load_images
+
+    processor = MaskedImageProcessor(
+        size=settings.size, num_channels=settings.num_channels, crop_fraction=1.0, mask_kind=None
+    )
+    sources = [
+        load_images(dataset_name, split, image_column=image_column, label_column=label_column) for split in splits
+    ]
+    train = labelled_tensors(sources[0], processor, limit=limit, seed=seed)
+    return train, labelled_tensors(sources[1], processor), sources[0].name, sources[0].class_names
+
+
+def _share_or_count(text: str) -> float | int:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is neither a share such as 1% nor a number of labels such as 600.") from error
+
+
+def _image_files(paths: list[Path]) -> list[Path]:
+    from PIL import Image
+
+    endings = Image.registered_extensions()
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"There is no file or folder {path}.")
+        files += sorted(f for f in path.rglob("*") if f.suffix.lower() in endings) if path.is_dir() else [path]
+    return files
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's ends with one line and status 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"hf-masked: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""All evaluations of one encoder, and their record as JSON."""
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_masked.evaluation.diagnostics import effective_rank, feature_spread
+from hf_masked.evaluation.features import ImageSettings, extract_features, raw_pixels
+from hf_masked.evaluation.finetune import few_label_subset
+from hf_masked.evaluation.finetune import finetune as finetune_encoder
+from hf_masked.evaluation.knn import weighted_knn
+from hf_masked.evaluation.linear_probe import linear_probe
+
+PACKAGES = ("hf-masked", "torch", "transformers", "accelerate", "scikit-learn", "numpy")
+
+Split = tuple[torch.Tensor, torch.Tensor]
+
+
+def evaluate_encoder(
+    encoder: PreTrainedModel,
+    settings: ImageSettings,
+    train: Split,
+    test: Split,
+    *,
+    knn: bool = True,
+    linear: tuple[str, ...] = ("batchnorm",),
+    finetune: tuple[float | int, ...] = (0.01,),
+    pooling: str = "auto",
+    seed: int = 0,
+    finetune_options: dict | None = None,
+) -> dict[str, dict]:
+    """kNN, linear probes and diagnostics of the frozen encoder, then few-label fine-tuning.
+
+    Args:
+        encoder: a stock transformers encoder (or a model of this package, for all but fine-tuning its backbone).
+        settings: mean, standard deviation and size of the input.
+        train: uint8 (n, channels, height, width) and int64 (n,).
+        test: likewise.
+        knn: whether to run weighted kNN.
+        linear: heads of linear probes, see `linear_probe`.
+        finetune: shares (float) or numbers (int) of labels to fine-tune with.
+        pooling: see `extract_features`.
+        seed: of probes, subsets and fine-tuning.
+        finetune_options: further arguments of `finetune`.
+
+    Returns:
+        Per evaluation ("knn", "linear_batchnorm", "finetune_0.01", ..., "features") a dict of its figures with the
+        "seconds" it took.
+    """
+    results = {}
+    if knn or linear:
+        features = _timed(_frozen_features, encoder, settings, train[0], test[0], pooling)
+        train_features, test_features = features.pop("train"), features.pop("test")
+        results |= evaluate_features(
+            train_features, train[1], test_features, test[1], knn=knn, linear=linear, seed=seed
+        )
+        results["features"] = features
+    for labels in finetune:
+        chosen = few_label_subset(train[1], labels, seed)
+        backbone = getattr(encoder, "backbone", encoder)
+        options = {"settings": settings, "seed": seed} | (finetune_options or {})
+        results[f"finetune_{labels}"] = finetune_encoder(
+            backbone, train[0][chosen], train[1][chosen], *test, **options
+        )
+    return results
+
+
+def evaluate_features(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    test_labels: torch.Tensor,
+    *,
+    knn: bool = True,
+    linear: tuple[str, ...] = ("batchnorm",),
+    seed: int = 0,
+) -> dict[str, dict]:
+    """The part of `evaluate_encoder` that needs features only: float (n, width), int64 (n,), (m, width), (m,)."""
+    data = train_features, train_labels, test_features, test_labels
+    results = {}
+    if knn:
+        results["knn"] = _timed(lambda: {"accuracy": weighted_knn(*data)})
+    for head in linear:
+        results[f"linear_{head}"] = _timed(linear_probe, *data, head=head, seed=seed)
+    return results
+
+
+def evaluate_raw_pixels(train: Split, test: Split, **options) -> dict[str, dict]:
+    """The baseline without an encoder; the arguments are those of `evaluate_features`."""
+    return evaluate_features(raw_pixels(train[0]), train[1], raw_pixels(test[0]), test[1], **options)
+
+
+def write_report(path: str | Path, results: dict, *, checkpoint: str, dataset: str, **facts) -> dict:
+    """Writes results as JSON, with what is needed to compare them: versions, hardware, data set.
+
+    Args:
+        path: of the file; folders are made.
+        results: of `evaluate_encoder`.
+        checkpoint: what was evaluated.
+        dataset: on what.
+        facts: anything else that JSON can hold, for example `seed`.
+
+    Returns:
+        What was written.
+    """
+    report = {
+        "checkpoint": checkpoint,
+        "dataset": dataset,
+        **facts,
+        "results": results,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "hardware": hardware(),
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def hardware() -> dict[str, str | int]:
+    """Accelerator or processor, cores and threads."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"device": device, "cpu_count": os.cpu_count() or 0, "torch_threads": torch.get_num_threads()}
+
+
+def _frozen_features(encoder, settings, train_images, test_images, pooling) -> dict:
+    train, test = (
+        extract_features(encoder, images, mean=settings.mean, std=settings.std, size=settings.size, pooling=pooling)
+        for images in (train_images, test_images)
+    )
+    return {
+        "train": train,
+        "test": test,
+        "effective_rank": effective_rank(test),
+        "feature_spread": feature_spread(test),
+    }
+
+
+def _timed(function, *args, **kwargs) -> dict:
+    started = time.perf_counter()
+    figures = function(*args, **kwargs)
+    return figures | {"seconds": time.perf_counter() - started}

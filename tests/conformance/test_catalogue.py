@@ -1,0 +1,56 @@
+"""Every file of a family is in the catalogue, with its facts, card and recipes."""
+
+from pathlib import Path
+
+import hf_masked
+from hf_masked.modeling.registry import CATALOGUE
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_file_of_a_family_is_registered():
+    files = {
+        path.stem
+        for path in (ROOT / "hf_masked" / "modeling").glob("*/*.py")
+        if path.parent.name != "parts" and not path.stem.startswith("_")
+    }
+    owners = {variant.config.__module__.rsplit(".", 1)[-1] for variant in CATALOGUE.values()}
+    assert files == owners
+
+
+def test_facts_of_the_paper_stand_on_the_config(variant):
+    config = variant.config
+    assert config.paper_title and 1990 < config.paper_year < 2030
+    assert config.arxiv_id is None or len(config.arxiv_id.split(".")) == 2
+    assert config.masks and config.predicts and config.backbones
+    assert config.arxiv_id in (variant.config.__module__ and __import__(config.__module__, fromlist=["_"]).__doc__)
+
+
+def test_classes_are_public_and_documented(variant):
+    for kind in (variant.config, variant.model, variant.pretraining):
+        assert getattr(hf_masked, kind.__name__) is kind
+        assert kind.__doc__ and kind.__doc__ != kind.__mro__[1].__doc__
+
+
+def test_card_and_recipes_are_there(variant):
+    card = (ROOT / "model_cards" / f"{variant.name}.md").read_text()
+    assert variant.config.paper_title in card and variant.config.arxiv_id in card
+    for check, reason in variant.pretraining.declined_checks.items():
+        assert reason in card, f"the card does not show why {check} is declined"
+    assert len(list((ROOT / "recipes").glob(f"{variant.name}_*.yaml"))) >= 2, "a paper-sized and a laptop-sized recipe"
+
+
+def test_recipes_can_be_read_and_built(variant):
+    import torch
+
+    from hf_masked.training.cli import make_processor
+    from hf_masked.training.recipes import parse
+
+    for path in (ROOT / "recipes").glob(f"{variant.name}_*.yaml"):
+        method, _, _ = parse(
+            ["--config", str(path), "--output_dir", "/nowhere", "--use_cpu", "true", "--bf16", "false"]
+        )
+        assert method.method == variant.name
+        with torch.device("meta"):
+            model = variant.pretraining(variant.config(**method.model))
+        make_processor(variant, model, method)

@@ -1,0 +1,212 @@
+"""Every model trains as transformers' tools promise: Trainer, resume, two processes, export."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from hf_masked.data import ResidentImageDataset
+from hf_masked.data.sources import ArraySource
+from hf_masked.training.arguments import PreTrainingArguments
+from hf_masked.training.export import export_encoder
+from hf_masked.training.trainer import PreTrainer
+from tests.conformance.cases import (
+    MODELS,
+    gradients,
+    pictures,
+    processor_of,
+    skip_if_declined,
+    tiny_model,
+    training_inputs,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def trainer_of(variant, output: Path, **settings) -> PreTrainer:
+    model = tiny_model(variant)
+    processor = processor_of(variant, model.config)
+    source = ArraySource("random pictures", pictures(processor, 32).numpy())
+    args = PreTrainingArguments(
+        output_dir=str(output),
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        max_steps=8,
+        learning_rate=1e-3,
+        save_strategy="steps",
+        save_steps=3,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        **settings,
+    )
+    return PreTrainer(
+        model=model, args=args, processing_class=processor, train_dataset=ResidentImageDataset(source, processor)
+    )
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(variant, tmp_path):
+    whole = trainer_of(variant, tmp_path / "whole")
+    whole.train()
+    expected = weights(whole)
+    # A fresh model and process state, as after a crash, from the checkpoint in the middle of the first epoch.
+    torch.manual_seed(123)
+    resumed = trainer_of(variant, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_log_names_the_parts_of_the_loss_and_the_speed(variant, tmp_path):
+    trainer = trainer_of(variant, tmp_path)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    parts = tiny_model(variant)(**training_inputs(variant, trainer.model.config)).losses
+    assert {f"loss_{name}" for name in parts} <= line.keys()
+    assert {"images/s", "data_wait_%", "matmul_rate_%"} <= line.keys()
+    assert trainer.model.training_progress == 1.0
+
+
+def test_gradient_accumulation_equals_one_large_batch(variant, tmp_path):
+    skip_if_declined(variant, "accumulation")
+    small = trainer_of(variant, tmp_path / "small", gradient_accumulation_steps=2)
+    large = trainer_of(variant, tmp_path / "large")
+    large.args.per_device_train_batch_size = 8
+    large._train_batch_size = 8
+    for trainer in (small, large):
+        trainer.args.max_steps = 2
+        trainer.train()
+    for (name, a), b in zip(weights(small).items(), weights(large).values(), strict=True):
+        # Adam divides by the gradient's size, so a tiny gradient's rounding may turn a whole step.
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-4, msg=name)
+
+
+def test_plain_trainer_works(variant, tmp_path):
+    model = tiny_model(variant)
+    inputs = training_inputs(variant, model.config, batch=8)
+    samples = [{name: value[i] for name, value in inputs.items()} for i in range(8)]
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = Trainer(model=model, args=args, train_dataset=samples, eval_dataset=samples)
+    assert trainer.train().training_loss > 0
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+DISTRIBUTED = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tests.conformance.cases import MODELS, gradients, tiny_model, training_inputs
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+found = {}
+for variant in MODELS:
+    if "ddp" in variant.pretraining.declined_checks:
+        continue
+    model = DistributedDataParallel(tiny_model(variant).train())
+    inputs = training_inputs(variant, model.module.config, batch=8)
+    mine = {name: value[4 * rank : 4 * rank + 4] for name, value in inputs.items()}
+    model(**mine).loss.backward()
+    found[variant.name] = gradients(model.module)
+if rank == 0:
+    torch.save(found, sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_process_gradients(tmp_path_factory):
+    """Gradients of all variants from one pair of processes."""
+    folder = tmp_path_factory.mktemp("ddp")
+    script = folder / "ddp.py"
+    script.write_text(DISTRIBUTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    subprocess.run(
+        [*command, str(folder / "gradients.pt")],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    return torch.load(folder / "gradients.pt")
+
+
+def test_two_processes_equal_one(variant, two_process_gradients):
+    skip_if_declined(variant, "ddp")
+    model = tiny_model(variant).train()
+    model(**training_inputs(variant, model.config, batch=8)).loss.backward()
+    found = two_process_gradients[variant.name]
+    assert found.keys() == gradients(model).keys()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+PLAIN = """
+import json, sys, torch
+sys.modules["hf_masked"] = None  # as where it is not installed
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
+
+found = {}
+for name, folder in json.load(open(sys.argv[1])).items():
+    encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    torch.manual_seed(0)
+    size = json.load(open(folder + "/inputs.json"))
+    pixel_values = torch.randn(2, *size)
+    with torch.no_grad():
+        features = encoder.eval()(pixel_values).last_hidden_state
+    classifier = AutoModelForImageClassification.from_pretrained(folder, num_labels=3)
+    samples = [{"pixel_values": picture, "labels": i} for i, picture in enumerate(pixel_values)]
+    args = TrainingArguments(output_dir=folder + "/out", use_cpu=True, max_steps=1, report_to="none",
+                             save_strategy="no", disable_tqdm=True)
+    Trainer(model=classifier, args=args, train_dataset=samples).train()
+    found[name] = features
+torch.save(found, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def plain_features(tmp_path_factory):
+    """Features of all variants' exported encoders, from one interpreter that cannot import hf_masked."""
+    folder = tmp_path_factory.mktemp("plain")
+    folders = {}
+    for variant in MODELS:
+        if "export" in variant.pretraining.declined_checks:
+            continue
+        model = tiny_model(variant)
+        processor = processor_of(variant, model.config)
+        export_encoder(model, processor, folder / variant.name)
+        size = [processor.num_channels, processor.size["height"], processor.size["width"]]
+        (folder / variant.name / "inputs.json").write_text(json.dumps(size))
+        folders[variant.name] = str(folder / variant.name)
+    (folder / "folders.json").write_text(json.dumps(folders))
+    (folder / "plain.py").write_text(PLAIN)
+    arguments = [str(folder / name) for name in ("plain.py", "folders.json", "features.pt")]
+    subprocess.run([sys.executable, *arguments], check=True, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return torch.load(folder / "features.pt")
+
+
+def test_exported_encoder_works_without_hf_masked(variant, plain_features):
+    skip_if_declined(variant, "export")
+    model = tiny_model(variant).eval()
+    processor = processor_of(variant, model.config)
+    torch.manual_seed(0)
+    pixel_values = torch.randn(2, processor.num_channels, processor.size["height"], processor.size["width"])
+    with torch.no_grad():
+        expected = model.backbone(pixel_values).last_hidden_state
+    torch.testing.assert_close(plain_features[variant.name], expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,158 @@
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    ConvNextConfig,
+    DeiTConfig,
+    Dinov2Config,
+    ResNetConfig,
+    SwinConfig,
+    ViTConfig,
+)
+
+from hf_masked.training.optimization import LARS, layer_scales, parameter_groups, scaled_learning_rate
+
+VIT = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+# Expected layer of some parameters, counted by hand; the last number is that of head and final norm. For ViTs it is
+# what `get_layer_id_for_vit` in facebookresearch/mae, util/lr_decay.py, gives the same parameters.
+LAYERS = {
+    "vit": (
+        ViTConfig(**VIT),
+        {"cls_token": 0, "position_embeddings": 0, "projection.weight": 0, "layers.0.": 1, "layers.1.": 2},
+        {"vit.layernorm.weight", "classifier.weight"},
+        3,
+    ),
+    "deit": (
+        DeiTConfig(**VIT, architectures=[]),
+        {"distillation_token": 0, "layers.0.": 1, "layers.1.": 2},
+        {"deit.layernorm.bias", "classifier.bias"},
+        3,
+    ),
+    "dinov2": (
+        Dinov2Config(**VIT, mlp_ratio=2),
+        {"mask_token": 0, "encoder.layer.0.": 1, "encoder.layer.1.": 2, "layer.1.layer_scale1": 2},
+        {"dinov2.layernorm.weight", "classifier.weight"},
+        3,
+    ),
+    "beit": (
+        BeitConfig(**VIT),
+        {"cls_token": 0, "layers.0.": 1, "layers.1.lambda_1": 2},
+        {"beit.pooler.layernorm.weight", "classifier.weight"},
+        3,
+    ),
+    "swin": (
+        SwinConfig(embed_dim=4, depths=[1, 2], num_heads=[1, 2], window_size=2, image_size=16, patch_size=2),
+        {
+            "embeddings.norm.weight": 0,
+            "layers.0.blocks.0.": 1,
+            "layers.0.downsample.": 1,
+            "layers.1.blocks.0.": 2,
+            "layers.1.blocks.1.": 3,
+        },
+        {"swin.layernorm.weight", "classifier.weight"},
+        4,
+    ),
+    "resnet": (
+        ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 2], layer_type="basic"),
+        {"embedder.embedder.": 0, "stages.0.layers.0.": 1, "stages.1.layers.0.": 2, "stages.1.layers.1.": 3},
+        {"classifier.1.weight"},
+        4,
+    ),
+    "convnext": (
+        ConvNextConfig(hidden_sizes=[4, 8], depths=[2, 1], num_stages=2),
+        {
+            "embeddings.layernorm.weight": 0,
+            "stages.0.layers.0.": 1,
+            "stages.0.layers.1.": 2,
+            "stages.1.downsampling_layer.": 3,
+            "stages.1.layers.0.": 3,
+        },
+        {"convnext.layernorm.weight", "classifier.weight"},
+        4,
+    ),
+}
+
+
+def classifier(config):
+    return AutoModelForImageClassification.from_config(config)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_scales_against_hand_computed_layers(name):
+    config, expected, head, last = LAYERS[name]
+    names = [parameter for parameter, _ in classifier(config).named_parameters()]
+    scales = layer_scales(names, 0.5)
+    for part, layer in expected.items():
+        found = {scales[parameter] for parameter in names if part in parameter}
+        assert found == {0.5 ** (last - layer)}, part
+    assert {scales[parameter] for parameter in head} == {1.0}
+
+
+def test_layer_decay_scales_are_those_of_the_reference():
+    # layer_scales of util/lr_decay.py for 2 blocks and 0.65: 0.65^3, 0.65^2, 0.65, 1.
+    groups = parameter_groups(classifier(ViTConfig(**VIT)), 0.05, learning_rate=1e-3, layer_decay=0.65)
+    rates = sorted({group["lr"] for group in groups})
+    assert rates == pytest.approx([0.274625e-3, 0.4225e-3, 0.65e-3, 1e-3])
+
+
+def test_weight_decay_spares_norms_and_biases_but_not_tokens():
+    model = classifier(ViTConfig(**VIT))
+    groups = parameter_groups(model, 0.05)
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(groups) == 2 and all("lr" not in group for group in groups)
+    for name, parameter in model.named_parameters():
+        assert decays[id(parameter)] == (0.05 if parameter.ndim > 1 else 0.0), name
+    assert decays[id(model.vit.embeddings.cls_token)] == 0.05
+
+
+@pytest.mark.parametrize("names", [{"cls_token"}, {"embeddings.cls_token"}, {"*.cls_token"}])
+def test_named_parameters_do_not_decay(names):
+    model = classifier(ViTConfig(**VIT))
+    decays = {
+        id(p): g["weight_decay"] for g in parameter_groups(model, 0.05, no_weight_decay=names) for p in g["params"]
+    }
+    assert decays[id(model.vit.embeddings.cls_token)] == 0.0
+    assert decays[id(model.vit.embeddings.position_embeddings)] == 0.05
+
+
+def test_declared_and_frozen_parameters():
+    model = classifier(ViTConfig(**VIT))
+    model.no_weight_decay = lambda: {"position_embeddings"}
+    model.vit.embeddings.cls_token.requires_grad_(False)
+    groups = parameter_groups(model, 0.05)
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays[id(model.vit.embeddings.position_embeddings)] == 0.0
+    assert id(model.vit.embeddings.cls_token) not in decays
+
+
+def test_layer_decay_needs_a_rate_and_blocks():
+    with pytest.raises(ValueError, match="needs learning_rate"):
+        parameter_groups(classifier(ViTConfig(**VIT)), 0.05, layer_decay=0.5)
+    with pytest.raises(ValueError, match="layer_decay=None"):
+        parameter_groups(torch.nn.Linear(2, 2), 0.05, learning_rate=1.0, layer_decay=0.5)
+
+
+def test_scaled_learning_rate():
+    assert scaled_learning_rate(1.5e-4, 4096) == pytest.approx(2.4e-3)
+
+
+def test_lars_by_hand():
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    bias = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = LARS([weight, bias], lr=2.0, momentum=0.5, trust_coefficient=0.1)
+    for _ in range(2):
+        weight.grad, bias.grad = torch.tensor([[0.0, 2.0]]), torch.tensor([0.25])
+        optimizer.step()
+    # Step 1: trust 0.1 * 5 / 2, update (0, 0.5), weight (3, 3). Step 2: trust 0.1 * sqrt(18) / 2.
+    second = 0.5 * 0.5 + 0.1 * 18**0.5
+    assert weight.detach()[0].tolist() == pytest.approx([3.0, 3.0 - 2.0 * second])
+    assert bias.item() == pytest.approx(1.0 - 2.0 * 0.25 - 2.0 * (0.125 + 0.25))
