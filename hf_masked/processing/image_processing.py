@@ -6,12 +6,14 @@ halves take the samples' keys (see `hf_masked.randomness`); without keys nothing
 the picture, no augmentation.
 """
 
+import os
+
 import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from hf_masked.processing import masks, views
-from hf_masked.processing.decoding import MODES, to_channels, to_uint8_tensor
+from hf_masked.processing.decoding import MODES, open_image, to_channels, to_uint8_tensor
 from hf_masked.processing.photometric import Photometric
 from hf_masked.randomness import keyed_draw, sample_keys
 
@@ -45,6 +47,8 @@ class MaskedImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "bool_masked_pos"]  # noqa: RUF012 (transformers' own declaration)
+    # Without a default on the class, transformers would leave None out when saving, and "random" would come back.
+    mask_kind: str | None = "random"
 
     def __init__(
         self,
@@ -69,8 +73,12 @@ class MaskedImageProcessor(BaseImageProcessor):
         self.num_channels = num_channels
         self.crop_scale = _range("crop_scale", crop_scale, 0.0, 1.0)
         self.crop_ratio = _range("crop_ratio", crop_ratio, 0.0, float("inf"))
+        if not 0.0 <= flip_probability <= 1.0:
+            raise ValueError(f"flip_probability is {flip_probability}; a probability lies in [0, 1].")
         self.flip_probability = flip_probability
         self.photometric = Photometric(**photometric).to_dict() if photometric else None
+        if not 0.0 < crop_fraction <= 1.0:
+            raise ValueError(f"crop_fraction is {crop_fraction}; it must lie in (0, 1], for example 0.875.")
         self.crop_fraction = crop_fraction
         self.resample = int(resample)
         self.image_mean = _per_channel("image_mean", image_mean, IMAGENET_MEAN, num_channels)
@@ -84,6 +92,8 @@ class MaskedImageProcessor(BaseImageProcessor):
 
     def _check_mask(self) -> None:
         height, width = self.size["height"], self.size["width"]
+        if min(self.mask_unit) < 1:
+            raise ValueError(f"mask_unit is {self.mask_unit}; it must be at least 1 pixel, for example 16.")
         if height % self.mask_unit[0] or width % self.mask_unit[1]:
             raise ValueError(
                 f"A mask unit of {self.mask_unit[0]} x {self.mask_unit[1]} pixels does not divide the size "
@@ -93,6 +103,14 @@ class MaskedImageProcessor(BaseImageProcessor):
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie in [0, 1), for example 0.75.")
         if self.mask_kind not in masks.MASKS:
             raise ValueError(f"Unknown mask_kind {self.mask_kind!r}; known are {', '.join(sorted(masks.MASKS))}.")
+        # A mask now finds unfit options before a run does.
+        masks.make_mask(
+            self.mask_kind,
+            keyed_draw(torch.zeros(1, dtype=torch.int64, device="cpu")),
+            self.mask_grid,
+            self.mask_ratio,
+            **self.mask_options,
+        )
 
     @property
     def mask_grid(self) -> tuple[int, int]:
@@ -228,9 +246,16 @@ class MaskedImageProcessor(BaseImageProcessor):
 
     def _listed(self, images) -> list:
         """One picture, a batch or a list, as a list."""
-        if isinstance(images, str | Image.Image) or getattr(images, "ndim", None) in (2, 3):
+        if isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", None) in (2, 3):
             images = [images]
-        return [self.fetch_images(image) if isinstance(image, str) else image for image in images]
+        return [self._opened(image) for image in images]
+
+    def _opened(self, image):
+        if isinstance(image, str) and not os.path.isfile(image):
+            return self.fetch_images(image)  # a URL
+        if isinstance(image, str | os.PathLike | Image.Image):
+            return open_image(image, "a picture" if isinstance(image, Image.Image) else str(image))
+        return image
 
 
 def _size(size) -> dict[str, int]:
@@ -240,6 +265,8 @@ def _size(size) -> dict[str, int]:
         size = dict(zip(("height", "width"), size, strict=True))
     if set(size) != {"height", "width"}:
         raise ValueError(f"size is {size}; give a number, (height, width), or a dict of 'height' and 'width'.")
+    if min(size.values()) < 1:
+        raise ValueError(f"size is {size}; both must be at least 1 pixel, for example 224.")
     return {"height": int(size["height"]), "width": int(size["width"])}
 
 

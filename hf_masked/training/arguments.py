@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -51,12 +52,18 @@ class PreTrainingArguments(TrainingArguments):
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that read pictures."})
     # Pretraining drops the last, smaller batch: every step then has the same shape and the same weight.
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last, incomplete batch."})
+    # Every trainable parameter gets a gradient (the conformance suite tests it): no search for unused ones.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Let DDP look for parameters without gradient at each step."}
+    )
     # The filter reads the loss from the device at every step.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf out of the logged loss."})
     # Raw batches hold keys and indices that no `forward` names.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that `forward` does not take."})
 
     def __post_init__(self):
+        # Without this, several processes on a machine without accelerators would not be connected.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if self.base_learning_rate is not None and self.base_learning_rate <= 0:
             raise ValueError(f"base_learning_rate is {self.base_learning_rate}; it must be positive.")

@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> PreTrainer:
     except (RecipeError, LaunchError, ValueError) as error:
         if os.environ.get("HF_MASKED_TRACEBACK"):
             raise
-        print(f"train.py: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

@@ -87,14 +87,14 @@ def test_cmyk_becomes_rgb(kind):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bits_are_scaled(kind, channels):
-    array = np.array([[0, 257, 25_700, 65_535]], dtype=np.uint16)
+    array = np.array([[0, 257, 33_153, 65_535]], dtype=np.uint16)
     ours = decoded(encoded(Image.fromarray(array), kind), channels)
-    assert ours.tolist() == [[[0, 1, 100, 255]]] * channels
+    assert ours.tolist() == [[[0, 1, 129, 255]]] * channels
 
 
 def test_32_bit_integers_of_16_bits_are_scaled():
-    image = Image.fromarray(np.array([[0, 25_700, 65_535]], dtype=np.int32))
-    assert image.mode == "I" and values(image, 1).tolist() == [[[0, 100, 255]]]
+    image = Image.fromarray(np.array([[0, 33_153, 65_535]], dtype=np.int32))
+    assert image.mode == "I" and values(image, 1).tolist() == [[[0, 129, 255]]]
 
 
 @pytest.mark.filterwarnings("error")

@@ -91,7 +91,10 @@ def _embed_visible(backbone, pixel_values, visible):
     patches = patchify(pixel_values, patch_size)
     if visible is not None:
         patches, positions = take(patches, visible), positions[0][visible]
-    weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
+    # The kernel's order is (channel, row, column). The patches follow it and not the other way round: a permuted
+    # weight would get a permuted gradient, which DDP copies.
+    patches = patches.unflatten(2, (*patch_size, -1)).permute(0, 1, 4, 2, 3).flatten(2)
+    weight = projection.weight.flatten(1)
     tokens = F.linear(patches.to(weight.dtype), weight, projection.bias) + positions
     return embeddings.dropout(torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1))
 

@@ -44,7 +44,7 @@ def block_mask(
         new = (block & ~mask).sum(dim=1)
         mask = mask | (block & ((new > 0) & (new <= remaining))[:, None])
     # Masked units sort first, then the free ones in random order: the first `target` of them are the mask.
-    order = filling_order.masked_fill(mask, -1.0).argsort(dim=1)
+    order = filling_order.masked_fill(mask, -1.0).argsort(dim=1, stable=True)
     return torch.zeros_like(mask).scatter(1, order[:, :target], True)
 
 

@@ -9,7 +9,12 @@ def num_masked_units(grid: tuple[int, ...], ratio: float) -> int:
     Raises:
         ValueError: if `ratio` is outside [0, 1].
     """
-    if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"The mask ratio is {ratio}; it must lie in [0, 1], for example 0.75.")
+    check_ratio(ratio)
     units = math.prod(grid)
     return units - int(units * (1 - ratio))
+
+
+def check_ratio(ratio: float) -> None:
+    """Raises a ValueError if `ratio` is outside [0, 1]."""
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"The mask ratio is {ratio}; it must lie in [0, 1], for example 0.75.")

@@ -2,6 +2,7 @@
 
 import torch
 
+from hf_masked.processing.masks.counts import check_ratio
 from hf_masked.randomness import Draw
 
 
@@ -23,12 +24,14 @@ def grid_mask(draw: Draw, grid: tuple[int, int], ratio: float, window: int = 2, 
         bool (batch, rows * columns), True = masked, raster order.
 
     Raises:
-        ValueError: if the window does not divide the grid or the ratio does not divide the window.
+        ValueError: if the window does not divide the grid or the ratio does not divide the window, or lies outside
+            [0, 1].
     """
     rows, columns = grid
     if rows % window or columns % window:
         raise ValueError(f"A window of {window} does not divide the grid {rows} x {columns}: choose one that does.")
     cells = window * window
+    check_ratio(ratio)
     masked = round(ratio * cells)
     if abs(masked - ratio * cells) > 1e-6:
         raise ValueError(
@@ -37,6 +40,6 @@ def grid_mask(draw: Draw, grid: tuple[int, int], ratio: float, window: int = 2, 
     down, across = rows // window, columns // window
     noise = draw(cells if regular else down * across * cells)
     noise = noise.view(noise.shape[0], -1, cells).expand(-1, down * across, -1)
-    visible = noise.argsort(dim=2)[:, :, : cells - masked]
+    visible = noise.argsort(dim=2, stable=True)[:, :, : cells - masked]
     mask = torch.ones_like(noise, dtype=torch.bool).scatter(2, visible, False)
     return mask.view(-1, down, across, window, window).transpose(2, 3).reshape(-1, rows * columns)

@@ -19,5 +19,5 @@ def random_mask(draw: Draw, grid: tuple[int, ...], ratio: float) -> torch.Tensor
     """
     masked = num_masked_units(grid, ratio)
     noise = draw(torch.Size(grid).numel())
-    visible = noise.argsort(dim=1)[:, : noise.shape[1] - masked]
+    visible = noise.argsort(dim=1, stable=True)[:, : noise.shape[1] - masked]
     return torch.ones_like(noise, dtype=torch.bool).scatter(1, visible, False)
