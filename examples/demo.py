@@ -85,8 +85,8 @@ def print_table(rows: dict, report: dict) -> None:
         cells = [f"{rows[name][key]['accuracy']:.3f}" if key in rows[name] else "-" for key in columns.values()]
         print(f"{name:26}" + "".join(f"{cell:>28}" for cell in cells))
     print(
-        "\nThe pictures are simple enough for raw pixels to do well in kNN; what pretraining is for shows in the first\n"
-        "column. The laptop recipe trains longer (see README)."
+        "\nThe pictures are simple enough for raw pixels to do well in kNN; what pretraining is for shows in the\n"
+        "first column. The laptop recipe trains longer (see README)."
     )
 
 

@@ -14,7 +14,8 @@ from hf_masked.processing.image_processing import MaskedImageProcessor
 __version__ = "0.1.0"
 
 for _variant in CATALOGUE.values():
-    if _variant.config.modality == "image":
+    # Without torchvision AutoImageProcessor of transformers 5.17 is a stand-in that raises when it is touched.
+    if _variant.config.modality == "image" and not getattr(AutoImageProcessor, "is_dummy", False):
         _processor = getattr(image_processing, _variant.config.processor)
         AutoImageProcessor.register(_variant.config, image_processor_classes={"pil": _processor})
 

@@ -36,7 +36,7 @@ def finetune(
     settings: ImageSettings | None = None,
     steps: int = 400,
     batch_size: int = 32,
-    base_learning_rate: float = 4e-3,
+    base_learning_rate: float = 1.6e-2,
     layer_decay: float | None = 0.75,
     weight_decay: float = 0.05,
     warmup: float = 0.1,
@@ -52,7 +52,7 @@ def finetune(
     """Trains all weights of an encoder and a new linear head, then classifies the test pictures.
 
     AdamW with layer-wise decay of the learning rate, warm-up, half a cosine to 0, random resized crops and flips. The
-    budget is a number of steps, so that a tenth of the labels costs the same.
+    budget is a number of steps, so that fewer labels cost no less; the learning rate suits a few hundred steps.
 
     Args:
         encoder: a checkpoint (folder or Hub id, of this package or of transformers), a stock transformers encoder, or

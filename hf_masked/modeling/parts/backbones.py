@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -24,10 +24,18 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
-    """The stock model of a checkpoint (a folder or a Hub id), without its pooler."""
-    from transformers import AutoConfig
+    """The stock model of a checkpoint (a folder or a Hub id), without its pooler.
 
-    config = AutoConfig.from_pretrained(name_or_path)
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"{name_or_path} is neither a folder with a transformers checkpoint nor a Hub id that can be reached: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     return AutoModel.from_pretrained(name_or_path, config=config, **_without_pooler(config), **kwargs)
 
 
