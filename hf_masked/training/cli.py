@@ -24,7 +24,7 @@ from hf_masked.modeling.registry import Variant, get_variant
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import OnlineProbeCallback, PictureCallback
 from hf_masked.training.export import export_encoder
-from hf_masked.training.launch import LaunchError, check_launch
+from hf_masked.training.launch import LaunchError, check_launch, use_all_cores
 from hf_masked.training.recipes import DataArguments, MethodArguments, RecipeError, parse
 from hf_masked.training.trainer import PreTrainer
 from hf_masked.training.visualization import loss_curve
@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> PreTrainer:
 
 def train(method: MethodArguments, data: DataArguments, args: PreTrainingArguments) -> PreTrainer:
     """Pretrains, saves the model, its processor and the plain encoder, and returns the trainer."""
+    use_all_cores()
     set_seed(args.seed)
     variant = get_variant(method.method)
     model = make_model(variant, method)

@@ -6,6 +6,7 @@ that do not know of each other, or plain data parallelism for FSDP.
 
 import os
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
@@ -41,15 +42,27 @@ def check_launch(accelerator: Accelerator) -> None:
         )
 
 
+def use_all_cores() -> None:
+    """Undoes the one thread that a plain `accelerate launch` gives each process on a machine without accelerators.
+
+    Nothing happens where the number of threads was asked for, by flag or environment.
+    """
+    launcher = _accelerate_launcher()
+    if launcher is None or torch.accelerator.is_available():
+        return
+    environment, arguments = launcher
+    if "OMP_NUM_THREADS" not in environment and _parsed(arguments).num_cpu_threads_per_process is None:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def _processes_asked_of_accelerate() -> int:
     """`num_processes` of the `accelerate launch` command that started this process; 1 if none did."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
 
-    arguments = _accelerate_arguments()
-    if arguments is None:
+    launcher = _accelerate_launcher()
+    if launcher is None:
         return 1
-    parsed, _ = launch_command_parser().parse_known_args(arguments)
+    parsed = _parsed(launcher[1])
     if parsed.num_processes is not None:
         return parsed.num_processes
     if parsed.config_file is not None or os.path.isfile(default_config_file):
@@ -57,18 +70,24 @@ def _processes_asked_of_accelerate() -> int:
     return 1
 
 
-def _accelerate_arguments() -> list[str] | None:
-    """What follows `accelerate launch` on the command line of the nearest ancestor that is one."""
+def _parsed(arguments: list[str]):
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser().parse_known_args(arguments)[0]
+
+
+def _accelerate_launcher() -> tuple[dict[str, str], list[str]] | None:
+    """The environment of the nearest ancestor that is `accelerate launch`, and the words that follow there."""
     import psutil
 
     for ancestor in psutil.Process().parents():
         try:
             words = ancestor.cmdline()
+            for place, word in enumerate(words[:-1]):
+                if os.path.basename(word) == "accelerate" and words[place + 1] == "launch":
+                    return ancestor.environ(), words[place + 2 :]
+                if word == "accelerate.commands.launch" or word.endswith("accelerate/commands/launch.py"):
+                    return ancestor.environ(), words[place + 1 :]
         except psutil.Error:
             continue
-        for place, word in enumerate(words[:-1]):
-            if os.path.basename(word) == "accelerate" and words[place + 1] == "launch":
-                return words[place + 2 :]
-            if word == "accelerate.commands.launch" or word.endswith("accelerate/commands/launch.py"):
-                return words[place + 1 :]
     return None

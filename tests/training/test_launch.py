@@ -17,7 +17,7 @@ def accelerator(processes: int, kind: DistributedType = DistributedType.NO):
 def no_environment(monkeypatch):
     for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(launch, "_accelerate_arguments", lambda: None)
+    monkeypatch.setattr(launch, "_accelerate_launcher", lambda: None)
 
 
 def test_what_fits_passes():
@@ -33,7 +33,7 @@ def test_unconnected_processes_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [["--num_processes", "4", "--cpu"], ["--num-processes=4"]])
 def test_missing_processes_are_refused(monkeypatch, arguments):
-    monkeypatch.setattr(launch, "_accelerate_arguments", lambda: [*arguments, "train.py", "--seed", "1"])
+    monkeypatch.setattr(launch, "_accelerate_launcher", lambda: ({}, [*arguments, "train.py", "--seed", "1"]))
     with pytest.raises(LaunchError, match="asked for 4 processes and started 1"):
         check_launch(accelerator(1))
     check_launch(accelerator(4, DistributedType.MULTI_CPU))
@@ -42,7 +42,7 @@ def test_missing_processes_are_refused(monkeypatch, arguments):
 def test_processes_of_a_config_file_count(monkeypatch, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 3\n")
-    monkeypatch.setattr(launch, "_accelerate_arguments", lambda: ["--config_file", str(config), "train.py"])
+    monkeypatch.setattr(launch, "_accelerate_launcher", lambda: ({}, ["--config_file", str(config), "train.py"]))
     with pytest.raises(LaunchError, match="asked for 3"):
         check_launch(accelerator(1))
 
@@ -52,3 +52,22 @@ def test_fsdp_that_became_ddp_is_refused(monkeypatch):
     with pytest.raises(LaunchError, match="FSDP was asked for"):
         check_launch(accelerator(2, DistributedType.MULTI_CPU))
     check_launch(accelerator(2, DistributedType.FSDP))
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "expected"),
+    [
+        ({}, ["train.py"], 6),
+        ({"OMP_NUM_THREADS": "1"}, ["train.py"], 1),
+        ({}, ["--num_cpu_threads_per_process", "1", "train.py"], 1),
+    ],
+)
+def test_a_plain_launch_on_cpu_gets_all_cores(monkeypatch, environment, arguments, expected):
+    threads = [1]
+    monkeypatch.setattr(launch, "_accelerate_launcher", lambda: (environment, arguments))
+    monkeypatch.setattr(launch.torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(launch.torch, "set_num_threads", lambda count: threads.append(count))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    launch.use_all_cores()
+    assert threads[-1] == expected

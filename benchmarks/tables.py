@@ -1,0 +1,101 @@
+"""Writes the tables of README, cards and docs from the results in `benchmarks/results/`.
+
+    python benchmarks/tables.py            # rewrite what stands between the markers
+    python benchmarks/tables.py --check    # only say whether all of it is fresh
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a result's file name.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PAGES = ("README.md", "model_cards/*.md", "docs/**/*.md")
+
+MEASURES = {
+    "finetune_0.01": "fine-tuned with 1 % of the labels",
+    "linear_batchnorm": "linear probe",
+    "knn": "kNN",
+}
+ROWS = {"pretrained": "pretrained", "untrained": "untrained / from scratch", "raw pixels": "raw pixels"}
+
+
+def learning_table(result: dict) -> str:
+    seeds = list(result["seeds"].values())
+    lines = ["| accuracy, % | " + " | ".join(MEASURES.values()) + " |", "|---|" + "---|" * len(MEASURES)]
+    for key, title in ROWS.items():
+        cells = [_cell(result["summary"][key].get(measure), len(seeds)) for measure in MEASURES]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    minutes = sum(run["pretraining_seconds"] for run in seeds) / len(seeds) / 60
+    spread = f"mean (lowest to highest) of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    return "\n".join(lines) + (
+        f"\n\n{seeds[0]['dataset']}; `{result['recipe']}`{_flags(result)}, {seeds[0]['epochs']:g} epochs in "
+        f"{minutes:.0f} minutes on {result['environment']['threads']} cores ({result['environment']['device']}); "
+        f"{spread}. Frozen encoders are judged with all labels.\n"
+    )
+
+
+def _cell(figures: dict | None, seeds: int) -> str:
+    if figures is None:
+        return "-"
+    mean = f"{100 * figures['mean']:.1f}"
+    return mean if seeds == 1 else f"{mean} ({100 * figures['lowest']:.1f} to {100 * figures['highest']:.1f})"
+
+
+def _flags(result: dict) -> str:
+    return f" with `{' '.join(result['flags'])}`" if result.get("flags") else ""
+
+
+def step_table(result: dict) -> str:
+    lines = ["| size | batch | time, ours / transformers | peak memory, ours / transformers |", "|---|---|---|---|"]
+    for size, row in result["sizes"].items():
+        lines.append(f"| {size} | {row['batch']} | {row['time_ratio']:.2f} | {row['memory_ratio']:.2f} |")
+    facts = result["environment"]
+    return "\n".join(lines) + (
+        f"\n\n{result['precision']}, {facts['device']}, {facts['threads']} threads, torch {facts['torch']}, "
+        f"transformers {facts['transformers']}; medians of interleaved steps, below 1 is better "
+        "(`python benchmarks/step.py`).\n"
+    )
+
+
+def table(name: str) -> str:
+    """The table of a result, with a final newline.
+
+    Raises:
+        SystemExit: if there is no such result.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        sys.exit(f"There is no {path}: run the benchmark that writes it.")
+    result = json.loads(path.read_text())
+    return (learning_table if name.startswith("learning") else step_table)(result)
+
+
+def filled(page: str) -> str:
+    """A page with all its tables made anew."""
+    return MARKED.sub(lambda match: match[1] + table(match[2]) + match[3], page)
+
+
+def pages() -> list[Path]:
+    return [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    stale = [path for path in pages() if filled(path.read_text()) != path.read_text()]
+    if args.check and stale:
+        sys.exit(f"Stale tables in {', '.join(str(path.relative_to(ROOT)) for path in stale)}.")
+    for path in stale:
+        path.write_text(filled(path.read_text()))
+        print("wrote", path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
