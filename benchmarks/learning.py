@@ -23,7 +23,7 @@ from transformers import set_seed
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import RESULTS, environment, write_result
-from hf_masked.data import labelled_tensors, load_images
+from hf_masked.data import labelled_tensors
 from hf_masked.evaluation.features import ImageSettings
 from hf_masked.evaluation.report import evaluate_encoder, evaluate_raw_pixels
 from hf_masked.modeling.registry import get_variant
@@ -47,7 +47,7 @@ def run_seed(recipe: str, seed: int, flags: list[str], output: str) -> dict:
     processor = trainer.processing_class
     splits = []
     for split in (data.train_split, data.test_split):
-        source = load_images(data.dataset_name, split, image_column=data.image_column, label_column=data.label_column)
+        source = open_source(data, split)
         splits.append(labelled_tensors(source, processor))
     settings = ImageSettings.of_processor(processor)
     rows = {

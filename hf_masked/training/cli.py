@@ -55,15 +55,7 @@ def train(method: MethodArguments, data: DataArguments, args: PreTrainingArgumen
     variant = get_variant(method.method)
     model = make_model(variant, method)
     processor = make_processor(variant, model, method)
-    source = load_images(
-        data.dataset_name,
-        data.train_split,
-        config_name=data.dataset_config_name,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        streaming=data.streaming,
-        cache_dir=data.data_cache_dir,
-    )
+    source = open_source(data, data.train_split, data.streaming)
     trainer = PreTrainer(
         model=model,
         args=args,
@@ -102,6 +94,19 @@ def _normalization_of(checkpoint: str) -> dict:
     return {"image_mean": list(stock.image_mean), "image_std": list(stock.image_std)}
 
 
+def open_source(data: DataArguments, split: str, streaming: bool = False):
+    """One split of the run's data set."""
+    return load_images(
+        data.dataset_name,
+        split,
+        config_name=data.dataset_config_name,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        streaming=streaming,
+        cache_dir=data.data_cache_dir,
+    )
+
+
 def make_dataset(source, processor, args: PreTrainingArguments, streaming: bool):
     """The training set: resident on the device where that is asked for or natural, else read by workers."""
     if streaming:
@@ -118,14 +123,7 @@ def add_observers(trainer: PreTrainer, source, data: DataArguments) -> None:
     """Adds the online probe, where there are labels, and the pictures."""
     args, processor = trainer.args, trainer.processing_class
     try:
-        test_source = load_images(
-            data.dataset_name,
-            data.test_split,
-            config_name=data.dataset_config_name,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            cache_dir=data.data_cache_dir,
-        )
+        test_source = open_source(data, data.test_split)
     except ValueError as error:
         logger.warning("No online probe: %s", error)
         test_source = None
