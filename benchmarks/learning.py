@@ -27,7 +27,7 @@ from hf_masked.data import labelled_tensors
 from hf_masked.evaluation.features import ImageSettings
 from hf_masked.evaluation.report import evaluate_encoder, evaluate_raw_pixels
 from hf_masked.modeling.registry import get_variant
-from hf_masked.training.cli import make_model, train
+from hf_masked.training.cli import make_model, open_source, train
 from hf_masked.training.recipes import parse
 
 # Share of the labels that fine-tuning gets.
