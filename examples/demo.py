@@ -54,11 +54,16 @@ def main() -> None:
     every_label = labelled_tensors(sources[0], processor)
     settings = ImageSettings.of_processor(processor)
     rows = {"raw pixels": evaluate_raw_pixels(train_set, test_set)}
-    for name, encoder in (("untrained / from scratch", untrained), ("pretrained", pretrained)):
+    # Decaying the learning rate towards the input is for encoders that know something.
+    encoders = {
+        "untrained / from scratch": (untrained, {"layer_decay": None, "base_learning_rate": 8e-3}),
+        "pretrained": (pretrained, {}),
+    }
+    for name, (encoder, options) in encoders.items():
         rows[name] = evaluate_encoder(encoder, settings, train_set, test_set, finetune=())
         rows[name] |= evaluate_encoder(
             encoder, settings, every_label, test_set, knn=False, linear=(), finetune=(LABELS,),
-            finetune_options={"steps": STEPS},
+            finetune_options={"steps": STEPS} | options,
         )  # fmt: skip
 
     export_encoder(trainer.model, processor, output / "encoder", rgb=True)

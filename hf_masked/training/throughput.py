@@ -19,11 +19,13 @@ class ThroughputMeter:
     Args:
         device: where the model trains.
         dtype: of its matrix products (autocast's, where it is on).
+        processes: that train together; `samples` counts those of all.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
+    def __init__(self, device: torch.device, dtype: torch.dtype, processes: int = 1):
         self.device = device
         self.dtype = dtype
+        self.processes = processes
         self.flops_per_sample = 0.0
         self.peak_rate = 0.0
         self.reset()
@@ -49,7 +51,7 @@ class ThroughputMeter:
         }
         if self.peak_rate:
             achieved = self.flops_per_sample * self.samples / seconds
-            figures["matmul_rate_%"] = round(100 * achieved / self.peak_rate, 1)
+            figures["matmul_rate_%"] = round(100 * achieved / (self.processes * self.peak_rate), 1)
         self.reset()
         return figures
 

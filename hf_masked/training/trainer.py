@@ -47,7 +47,9 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
             self.args.learning_rate = scaled_learning_rate(
                 self.args.base_learning_rate, self.effective_batch_size, self.args.base_batch_size
             )
-        self.throughput = ThroughputMeter(self.args.device, self._compute_dtype())
+        # The launch may choose the precision as well as the arguments.
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+        self.throughput = ThroughputMeter(self.args.device, dtype, self.args.world_size)
         self.bad_images = BadImageLog(self.args.max_bad_share)
         self._loss_parts: dict[str, torch.Tensor] = {}
         self._loss_parts_steps = 0
@@ -154,8 +156,3 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
             means[f"loss_{name}"] = round(mean, 5)
         self._loss_parts, self._loss_parts_steps = {}, 0
         return means
-
-    def _compute_dtype(self) -> torch.dtype:
-        if self.args.bf16:
-            return torch.bfloat16
-        return torch.float16 if self.args.fp16 else torch.float32

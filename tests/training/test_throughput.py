@@ -44,5 +44,14 @@ def test_report_counts_since_the_last_one(monkeypatch):
     assert meter.report()["images/s"] == 0.0
 
 
+def test_share_of_the_rate_is_that_of_all_processes(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("hf_masked.training.throughput.time.perf_counter", lambda: now[0])
+    meter = ThroughputMeter(torch.device("cpu"), torch.float32, processes=2)
+    meter.flops_per_sample, meter.peak_rate = 5.0, 1000.0
+    meter.samples, now[0] = 100, 1.0
+    assert meter.report()["matmul_rate_%"] == 25.0
+
+
 def test_matmul_rate_is_a_rate():
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e15
