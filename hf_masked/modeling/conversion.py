@@ -25,7 +25,7 @@ def read_official(path: str | Path) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a file of weights: {error}") from error
+        raise ValueError(f"{path} cannot be read as a file of weights: {str(error).splitlines()[0]}") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -113,9 +113,7 @@ def make_dataset(source, processor, args: PreTrainingArguments, streaming: bool)
         return StreamingImageDataset(source, processor, args.seed, rank=args.process_index, world_size=args.world_size)
     resident = source.as_tensor() is not None if args.resident_data is None else args.resident_data
     if resident:
-        return ResidentImageDataset(
-            source, processor, args.seed, device=args.device, max_bad_share=args.max_bad_share
-        )
+        return ResidentImageDataset(source, processor, args.seed, device=args.device, max_bad_share=args.max_bad_share)
     return ImageDataset(source, processor, args.seed, max_bad_share=args.max_bad_share)
 
 

@@ -50,7 +50,7 @@ def test_feature_pipeline_serves_the_export(tmp_path):
 def test_gray_encoder_serves_rgb_after_folding(tmp_path):
     model, processor = model_and_processor(channels=1)
     export_encoder(model, processor, tmp_path, rgb=True)
-    gray = photograph(60, 80).convert("L")
+    gray = photograph(80, 80).convert("L")
     with torch.no_grad():
         expected = model.backbone(processor(gray)["pixel_values"]).last_hidden_state
     found = torch.tensor(pipeline("image-feature-extraction", model=str(tmp_path))(gray))
