@@ -146,6 +146,7 @@ def two_process_gradients(tmp_path_factory):
     return torch.load(folder / "gradients.pt")
 
 
+@pytest.mark.xdist_group("two processes")
 def test_two_processes_equal_one(variant, two_process_gradients):
     skip_if_declined(variant, "ddp")
     model = tiny_model(variant).train()
@@ -201,6 +202,7 @@ def plain_features(tmp_path_factory):
     return torch.load(folder / "features.pt")
 
 
+@pytest.mark.xdist_group("plain interpreter")
 def test_exported_encoder_works_without_hf_masked(variant, plain_features):
     skip_if_declined(variant, "export")
     model = tiny_model(variant).eval()

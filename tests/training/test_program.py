@@ -183,8 +183,11 @@ def test_an_empty_folder_and_a_wrong_column_are_named(tmp_path, capsys):
     assert "'picture'" in line and "image" in line
 
 
+PROBING = ["--probe_every_epochs", "0.05"]
+
+
 def launch(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, str(ROOT / "train.py"), *TINY]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, str(ROOT / "train.py"), *TINY, *PROBING]
     environment = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     return subprocess.run(
         [*command, "--output_dir", str(folder)], capture_output=True, text=True, cwd=ROOT, timeout=300,
@@ -196,13 +199,18 @@ def test_two_processes_through_accelerate_equal_one_with_twice_the_batch(tmp_pat
     config = str(ROOT / "accelerate_configs" / "cpu_2.yaml")
     run = launch(["--config_file", config], tmp_path / "two")
     assert run.returncode == 0, run.stderr[-3000:]
-    one = main([*TINY, "--per_device_train_batch_size", "32", "--output_dir", str(tmp_path / "one")])
+    one = main([*TINY, *PROBING, "--per_device_train_batch_size", "32", "--output_dir", str(tmp_path / "one")])
     two = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
     for a, b in zip(one.state.log_history, two, strict=True):
         if "loss" in a:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
             assert a["loss_reconstruction"] == pytest.approx(b["loss_reconstruction"], rel=1e-3)
+    # The probe is shared out over the processes; a neighbour or two may change places.
+    accuracies = [
+        [line["knn_accuracy"] for line in log if "knn_accuracy" in line] for log in (one.state.log_history, two)
+    ]
+    assert accuracies[0] and accuracies[0] == pytest.approx(accuracies[1], abs=0.02)
 
 
 def test_a_launch_that_starts_one_process_for_two_is_stopped(tmp_path):
