@@ -33,7 +33,7 @@ LABELS, STEPS = 0.01, 200
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="demo_output")
-    parser.add_argument("--epochs", type=float, default=1.25)
+    parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--dataset_name", default="fashion_mnist")
     arguments = parser.parse_args()
     output = Path(arguments.output_dir)
@@ -41,7 +41,7 @@ def main() -> None:
 
     flags = ["--output_dir", str(output), "--num_train_epochs", str(arguments.epochs)]
     flags += ["--dataset_name", arguments.dataset_name, "--resume_from_checkpoint", "no"]
-    flags += ["--probe_every_epochs", "0.5", "--probe_samples", "2000", "--save_strategy", "no"]
+    flags += ["--probe_every_epochs", "0.5", "--probe_samples", "1000", "--save_strategy", "no"]
     method, data, args = parse(["--config", str(RECIPE), *flags])
     set_seed(args.seed)
     untrained = make_model(get_variant(method.method), method).backbone
