@@ -1,5 +1,6 @@
 """The command line: `hf-masked list`, `info`, `convert`, `export`, `evaluate`, `finetune`, `visualize`."""
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -68,7 +69,7 @@ def info(method: Annotated[str, typer.Argument(help="Name of a method, see `hf-m
     }
     for name, value in facts.items():
         typer.echo(f"{name:<20}{value}")
-    typer.echo(f"\n{config.__doc__.strip()}")
+    typer.echo(f"\n{inspect.cleandoc(config.__doc__)}")
 
 
 @app.command()

@@ -16,6 +16,13 @@ from transformers import HfArgumentParser
 
 from hf_masked.training.arguments import PreTrainingArguments
 
+HELP = (
+    "Pretrains a method of the catalogue. `--config RECIPE.yaml` reads a recipe; flags override it, whatever their "
+    "order. `--model.mask_ratio 0.6` sets an argument of the method's config, `--model.backbone_config.hidden_size 192` "
+    "one of its encoder's, `--processor.crop_scale '[0.5, 1]'` one of its image processor. All arguments of "
+    "transformers' TrainingArguments are flags too."
+)
+
 # Blocks that are dictionaries of one argument, not groups of flat settings.
 NESTED = ("model", "processor")
 
@@ -74,7 +81,9 @@ def parse(arguments: list[str]) -> Parsed:
         settings = read_recipe(arguments[place + 1])
         del arguments[place : place + 2]
     arguments = _take_dotted(arguments, settings)
-    parser = HfArgumentParser((MethodArguments, DataArguments, PreTrainingArguments), prog="train.py")
+    parser = HfArgumentParser(
+        (MethodArguments, DataArguments, PreTrainingArguments), prog="train.py", description=HELP
+    )
     if {"-h", "--help"} & set(arguments):
         parser.parse_args(["--help"])
     _check_names(settings, arguments)

@@ -77,3 +77,11 @@ def test_a_recipe_that_is_no_mapping_is_named(tmp_path):
     path.write_text("- mae\n")
     with pytest.raises(RecipeError, match="no mapping"):
         read_recipe(path)
+
+
+def test_help_tells_of_recipes_and_nested_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--config RECIPE.yaml" in text and "--model.mask_ratio" in text and "--base_learning_rate" in text
