@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
+from hf_masked.modeling.parts.patches import pair
+from hf_masked.processing.image_processing import IMAGENET_MEAN, IMAGENET_STD
 from hf_masked.processing.views import center_crop_boxes, crop_and_resize_batch
 from hf_masked.training.checkpoints import load_with_report
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 POOLINGS = ("auto", "mean", "cls", "pooler")
 
@@ -154,7 +154,7 @@ def interpolation_argument(model: PreTrainedModel, size: tuple[int, int]) -> dic
     """The `forward` argument that ViTs need for pictures of another size than their config's, where they take it."""
     takes_it = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     expected = getattr(model.config, "image_size", None)
-    return {"interpolate_pos_encoding": True} if takes_it and expected and _pair(expected) != tuple(size) else {}
+    return {"interpolate_pos_encoding": True} if takes_it and expected and pair(expected) != tuple(size) else {}
 
 
 def _features(encoder, images, mean, std, size, pooling):
@@ -171,7 +171,7 @@ def _num_prefix_tokens(config, size: tuple[int, int], outputs) -> int:
     patch_size = getattr(config, "patch_size", None)
     if outputs.last_hidden_state.ndim == 4 or patch_size is None:
         return 0
-    rows, columns = (side // patch for side, patch in zip(size, _pair(patch_size), strict=True))
+    rows, columns = (side // patch for side, patch in zip(size, pair(patch_size), strict=True))
     return max(outputs.last_hidden_state.shape[1] - rows * columns, 0)
 
 
@@ -197,7 +197,7 @@ def _load_settings(path: str, config) -> ImageSettings:
         settings = ImageSettings(
             mean=IMAGENET_MEAN if num_channels == 3 else (0.5,) * num_channels,
             std=IMAGENET_STD if num_channels == 3 else (0.5,) * num_channels,
-            size=_pair(getattr(config, "image_size", None) or 224),
+            size=pair(getattr(config, "image_size", None) or 224),
         )
         warnings.warn(f"{path} has no preprocessor_config.json; going on with {settings}.", stacklevel=3)
         return settings
@@ -211,16 +211,12 @@ def _settings_of(processor: dict, config=None) -> ImageSettings:
     size = processor["crop_size"] if processor.get("do_center_crop") else processor["size"]
     if isinstance(size, dict):
         size = (size["height"], size["width"]) if "height" in size else size["shortest_edge"]
-    return ImageSettings(_per_channel(mean, num_channels), _per_channel(std, num_channels), _pair(size))
+    return ImageSettings(_per_channel(mean, num_channels), _per_channel(std, num_channels), pair(size))
 
 
 def _per_channel(values, num_channels: int) -> tuple[float, ...]:
     values = tuple(values) if isinstance(values, list | tuple) else (values,)
     return values * num_channels if len(values) == 1 else values
-
-
-def _pair(size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _is_pooler(name: str) -> bool:

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from hf_masked.processing import masks, views
-from hf_masked.processing.decoding import MODES, open_image, to_channels, to_uint8_tensor
+from hf_masked.processing.decoding import open_image, to_channels, to_uint8_tensor
 from hf_masked.processing.photometric import Photometric
 from hf_masked.randomness import keyed_draw, sample_keys
 
@@ -290,4 +290,4 @@ def _per_channel(name: str, values, imagenet: tuple[float, ...], num_channels: i
     return values
 
 
-__all__ = ["AUGMENT", "CROP", "MASK", "MODES", "MaskedImageProcessor"]
+__all__ = ["AUGMENT", "CROP", "MASK", "MaskedImageProcessor"]
