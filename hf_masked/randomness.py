@@ -85,10 +85,16 @@ def torch_draw(batch: int, device: torch.device | str = "cpu", generator: torch.
 
 
 def model_draw(
-    batch: int, device: torch.device | str, training: bool, generator: torch.Generator | None = None
+    batch: int,
+    device: torch.device | str,
+    training: bool,
+    generator: torch.Generator | None = None,
+    noise: torch.Tensor | None = None,
 ) -> Draw:
-    """What a model that is called directly draws from: torch's generator in training (or whenever one is given), a
-    fixed key per row of the batch in eval, so that an evaluation gives the same figure twice."""
+    """What a model that is called directly draws from: `noise` where it is given; torch's generator in training, or
+    whenever one is given; a fixed key per row of the batch in eval, so that an evaluation repeats its figure."""
+    if noise is not None:
+        return given_draw(noise)
     if training or generator is not None:
         return torch_draw(batch, device, generator)
     return keyed_draw(sample_keys(0, 0, torch.arange(batch, device=device)))

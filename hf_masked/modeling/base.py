@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ViTConfig
 
-from hf_masked.modeling.parts.backbones import build_backbone, load_backbone
+from hf_masked.modeling.parts.backbones import build_backbone, copy_weights, load_backbone
 
 
 class VariantConfig(PreTrainedConfig):
@@ -82,6 +82,8 @@ class VariantModel(PreTrainedModel):
     # The losses are means; the Trainer must average them over accumulated batches, not divide by `num_items_in_batch`.
     accepts_loss_kwargs = False
 
+    # Whether the encoder sees the stock backbone's mask token in place of masked patches.
+    uses_mask_token: ClassVar[bool] = False
     # 0 at the start of training, 1 at its end; `TrainingProgressCallback` sets it.
     training_progress: float = 0.0
     # Conformance checks that cannot apply: {name of the check: reason}. The card shows them.
@@ -91,7 +93,7 @@ class VariantModel(PreTrainedModel):
 
     def __init__(self, config: VariantConfig):
         super().__init__(config)
-        self.backbone = build_backbone(config.backbone_config)
+        self.backbone = build_backbone(config.backbone_config, mask_token=self.uses_mask_token)
 
     def post_init(self):
         super().post_init()
@@ -136,10 +138,9 @@ class VariantModel(PreTrainedModel):
             ValueError: for a backbone of a type that the method does not take, or of another form than its config.
         """
         if not isinstance(backbone, PreTrainedModel):
-            backbone = load_backbone(backbone)
+            backbone = load_backbone(backbone, mask_token=cls.uses_mask_token)
         model = cls(cls.config_class.of_backbone(backbone.config, **config_arguments))
-        weights = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith("pooler.")}
-        model.backbone.load_state_dict(weights)
+        copy_weights(backbone, model.backbone)
         return model
 
     def sync_backbone(self) -> None:

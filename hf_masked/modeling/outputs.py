@@ -35,3 +35,16 @@ class MaskedPreTrainingOutput(PreTrainingOutput):
 
     logits: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+
+
+@dataclass
+class MaskedImageModelingOutput(PreTrainingOutput):
+    """Output of a method that reconstructs whole pictures.
+
+    Args:
+        reconstruction: (batch, channels, height, width), normalised as the input, visible pixels included.
+        mask: bool (batch, units), True = masked.
+    """
+
+    reconstruction: torch.Tensor | None = None
+    mask: torch.Tensor | None = None

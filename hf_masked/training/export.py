@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from hf_masked.modeling.base import VariantModel
+from hf_masked.modeling.parts.backbones import without_mask_token
 from hf_masked.modeling.parts.gray import fold_gray_to_rgb
 from hf_masked.processing.stock import save_stock_processor
 
@@ -30,7 +31,8 @@ def export_encoder(model: VariantModel, processor, output: str | Path, rgb: bool
         ValueError: if `rgb` is asked for and the encoder has more than one channel.
     """
     model.sync_backbone()
-    backbone: PreTrainedModel = model.backbone
+    # To the stock classes, a mask token in the checkpoint is an unexpected weight or one without a gradient.
+    backbone: PreTrainedModel = without_mask_token(model.backbone) if model.uses_mask_token else model.backbone
     mean, std = processor.image_mean, processor.image_std
     if rgb:
         backbone, mean, std = fold_gray_to_rgb(copy.deepcopy(backbone)), mean * 3, std * 3

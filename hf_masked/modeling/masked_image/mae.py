@@ -4,7 +4,6 @@ Kaiming He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022
 Reference implementation: https://github.com/facebookresearch/mae (`models_mae.py`).
 """
 
-import re
 from typing import ClassVar
 
 import torch
@@ -34,10 +33,11 @@ from hf_masked.modeling.parts.patches import (
     unpatchify,
     visible_indices,
 )
+from hf_masked.modeling.parts.state_dicts import rename_weights
 from hf_masked.modeling.parts.targets import denormalize_patches, normalize_patches
 from hf_masked.modeling.registry import register_variant
 from hf_masked.processing.masks import MASKS, make_mask, num_masked_units
-from hf_masked.randomness import given_draw, model_draw
+from hf_masked.randomness import model_draw
 
 
 class MAEConfig(VariantConfig):
@@ -247,10 +247,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
 
     def draw_mask(self, pixel_values, grid, noise=None, generator=None) -> torch.Tensor:
         """bool (batch, units): from `noise`, from `generator`, or as `model_draw` says."""
-        if noise is not None:
-            draw = given_draw(noise)
-        else:
-            draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator)
+        draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
         return make_mask(self.config.mask_kind, draw, grid, self.config.mask_ratio, **(self.config.mask_options or {}))
 
     def loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
@@ -371,7 +368,7 @@ def _depth(state_dict: dict, blocks: str) -> int:
     return 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith(f"{blocks}."))
 
 
-# Official name -> ours, for everything but the encoder's fused queries, keys and values.
+# Official name -> ours.
 _RENAMING = (
     (r"^cls_token$", "backbone.embeddings.cls_token"),
     (r"^pos_embed$", "backbone.embeddings.position_embeddings"),
@@ -379,6 +376,7 @@ _RENAMING = (
     (r"^norm\.", "backbone.layernorm."),
     (r"^blocks\.(\d+)\.norm1\.", r"backbone.layers.\1.layernorm_before."),
     (r"^blocks\.(\d+)\.norm2\.", r"backbone.layers.\1.layernorm_after."),
+    (r"^blocks\.(\d+)\.attn\.qkv\.", r"backbone.layers.\1.attention.{qkv}_proj."),
     (r"^blocks\.(\d+)\.attn\.proj\.", r"backbone.layers.\1.attention.o_proj."),
     (r"^blocks\.(\d+)\.mlp\.", r"backbone.layers.\1.mlp."),
     (r"^head\.", "classifier."),
@@ -403,18 +401,7 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: MAECon
         state_dict: of `models_mae.py`, with or without the decoder, or of `models_vit.py`.
         config: unused here; other variants' conversions need it.
     """
-    converted = {}
-    for name, tensor in state_dict.items():
-        fused = re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name)
-        if fused:
-            # The fused matrix stacks queries, keys and values.
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                converted[f"backbone.layers.{fused[1]}.attention.{part}_proj.{fused[2]}"] = rows.clone()
-            continue
-        for pattern, replacement in _RENAMING:
-            name = re.sub(pattern, replacement, name)
-        converted[name] = tensor
-    return converted
+    return rename_weights(state_dict, _RENAMING)
 
 
 def tiny_config() -> MAEConfig:

@@ -1,5 +1,7 @@
-"""Stock transformers backbones: building them without a pooler, and running ViTs on visible tokens only."""
+"""Stock transformers backbones: building them without a pooler, with a mask token where a method puts one in place of
+masked patches, and running ViTs on visible tokens only."""
 
+import copy
 import inspect
 import math
 
@@ -18,13 +20,31 @@ from hf_masked.modeling.parts.position_embeddings import interpolate_positions, 
 VISIBLE_TOKEN_BACKBONES = {"vit": 1, "deit": 2, "dinov2": 1}
 
 
-def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """The stock model of a config with new weights, without the pooler that no pretraining loss would reach."""
-    return AutoModel.from_config(config, **_without_pooler(config))
+# The name of the mask token in every stock vision model that has one.
+MASK_TOKEN = "embeddings.mask_token"
 
 
-def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
+def build_backbone(config: PreTrainedConfig, mask_token: bool = False) -> PreTrainedModel:
+    """The stock model of a config with new weights, without the pooler that no pretraining loss would reach.
+
+    Args:
+        config: of the stock model; it is left as it is.
+        mask_token: with the stock model's own mask token, which its `forward` puts where `bool_masked_pos` is True.
+
+    Raises:
+        ValueError: for a mask token in a stock model that knows none.
+    """
+    config, arguments = _form(config, mask_token)
+    return AutoModel.from_config(config, **arguments)
+
+
+def load_backbone(name_or_path: str, mask_token: bool = False, **kwargs) -> PreTrainedModel:
     """The stock model of a checkpoint (a folder or a Hub id), without its pooler.
+
+    Args:
+        name_or_path: of the checkpoint, with or without a task head.
+        mask_token: load the mask token too; without one in the checkpoint, `embeddings.mask_token` is None.
+        kwargs: of `from_pretrained`.
 
     Raises:
         ValueError: if there is no such checkpoint.
@@ -36,12 +56,57 @@ def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
             f"{name_or_path} is neither a folder with a transformers checkpoint nor a Hub id that can be reached: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    return AutoModel.from_pretrained(name_or_path, config=config, **_without_pooler(config), **kwargs)
+    config, arguments = _form(config, mask_token)
+    backbone, report = AutoModel.from_pretrained(
+        name_or_path, config=config, output_loading_info=True, **arguments, **kwargs
+    )
+    if MASK_TOKEN in report["missing_keys"]:
+        backbone.embeddings.mask_token = None
+    return backbone
 
 
-def _without_pooler(config: PreTrainedConfig) -> dict:
-    arguments = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
-    return {"add_pooling_layer": False} if "add_pooling_layer" in arguments else {}
+def _form(config: PreTrainedConfig, mask_token: bool) -> tuple[PreTrainedConfig, dict]:
+    """The config and the arguments of the stock model's constructor."""
+    parameters = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
+    arguments = {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
+    if not mask_token:
+        return config, arguments
+    if "use_mask_token" in parameters:  # ViT, DeiT, Swin
+        return config, arguments | {"use_mask_token": True}
+    if not hasattr(config, "use_mask_token"):  # BEiT, data2vec, DINOv2 have it
+        raise ValueError(f"A backbone of type {config.model_type!r} has no mask token.")
+    config = copy.deepcopy(config)
+    config.use_mask_token = True
+    return config, arguments
+
+
+def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Copies an encoder's weights into a backbone of this package.
+
+    A pooler is left out, as is a mask token that the target has no place for. A mask token that the source lacks stays
+    the target's own, as does the final norm, which BEiT has only without mean pooling.
+
+    Raises:
+        RuntimeError: where anything else does not fit.
+    """
+    own = {name: tensor for name, tensor in target.state_dict().items() if name.startswith((MASK_TOKEN, "layernorm."))}
+    weights = {
+        name: tensor
+        for name, tensor in source.state_dict().items()
+        if not name.startswith("pooler.") and (name != MASK_TOKEN or name in own)
+    }
+    target.load_state_dict(own | weights)
+
+
+def without_mask_token(backbone: PreTrainedModel) -> PreTrainedModel:
+    """The backbone as others use it: itself, or a copy that has lost its mask token."""
+    if getattr(getattr(backbone, "embeddings", None), "mask_token", None) is None:
+        return backbone
+    backbone = copy.deepcopy(backbone)
+    backbone.embeddings.mask_token = None
+    if hasattr(backbone.config, "use_mask_token"):
+        backbone.config.use_mask_token = False
+    return backbone
 
 
 def num_prefix_tokens(backbone_config: PreTrainedConfig) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from hf_masked.processing.masks.block import block_mask
+from hf_masked.processing.masks.coarse import coarse_mask
 from hf_masked.processing.masks.counts import num_masked_units
 from hf_masked.processing.masks.grid import grid_mask
 from hf_masked.processing.masks.random import random_mask
@@ -17,7 +18,12 @@ from hf_masked.randomness import Draw
 
 MaskFunction = Callable[..., torch.Tensor]
 
-MASKS: dict[str, MaskFunction] = {"random": random_mask, "block": block_mask, "grid": grid_mask}
+MASKS: dict[str, MaskFunction] = {
+    "random": random_mask,
+    "block": block_mask,
+    "coarse": coarse_mask,
+    "grid": grid_mask,
+}
 
 
 def register_mask(name: str, function: MaskFunction) -> None:
@@ -41,4 +47,13 @@ def make_mask(kind: str, draw: Draw, grid: tuple[int, ...], ratio: float, **opti
     return MASKS[kind](draw, grid, ratio, **options)
 
 
-__all__ = ["MASKS", "block_mask", "grid_mask", "make_mask", "num_masked_units", "random_mask", "register_mask"]
+__all__ = [
+    "MASKS",
+    "block_mask",
+    "coarse_mask",
+    "grid_mask",
+    "make_mask",
+    "num_masked_units",
+    "random_mask",
+    "register_mask",
+]

@@ -1,0 +1,478 @@
+"""SimMIM: put mask tokens in place of random large squares, encode all of it, and let one linear layer regress pixels.
+
+Zhenda Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022, arXiv 2111.09886.
+Reference implementation: https://github.com/microsoft/SimMIM (`models/simmim.py`).
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForMaskedImageModeling, BeitConfig, PreTrainedConfig, SwinConfig
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from hf_masked.modeling.base import VariantConfig, VariantModel
+from hf_masked.modeling.outputs import MaskedImageModelingOutput
+from hf_masked.modeling.parts.losses import masked_mean
+from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, patch_grid
+from hf_masked.modeling.parts.relative_positions import TABLE
+from hf_masked.modeling.parts.state_dicts import rename_weights
+from hf_masked.modeling.registry import register_variant
+from hf_masked.processing.masks import make_mask, num_masked_units
+from hf_masked.randomness import model_draw
+
+
+class SimMIMConfig(VariantConfig):
+    """Config of SimMIM.
+
+    Args:
+        backbone_config: a BEiT config (the paper's ViT: relative positions that all blocks share, LayerScale), or one
+            of Swin or Swin V2; the paper's ViT-B/16 by default.
+        mask_ratio: share of the squares that are masked, in [0, 1).
+        mask_patch_size: side of a square in pixels; by default the encoder's stride and at least two patches, which is
+            the paper's 32 for ViT/16 and Swin.
+    """
+
+    model_type = "hf_masked_simmim"
+    paper_title: ClassVar[str] = "SimMIM: A Simple Framework for Masked Image Modeling"
+    paper_year: ClassVar[int] = 2021
+    arxiv_id: ClassVar[str] = "2111.09886"
+    reference_repository: ClassVar[str] = "https://github.com/microsoft/SimMIM"
+    weights_licence: ClassVar[str] = "MIT"
+    masks: ClassVar[str] = "random large squares, as mask tokens in the encoder"
+    predicts: ClassVar[str] = "pixels of the masked squares"
+    backbones: ClassVar[tuple[str, ...]] = ("beit", "swin", "swinv2")
+
+    mask_ratio: float = 0.6
+    mask_patch_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.backbone_config is None:
+            self.backbone_config = simmim_vit()
+        super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        super().check()
+        if not 0.0 <= self.mask_ratio < 1.0:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie in [0, 1). The paper's is 0.6.")
+        patch, unit = pair(self.backbone_config.patch_size), self.square_size
+        if patch[0] != patch[1]:
+            raise ValueError(f"The backbone's patch is {patch[0]} x {patch[1]} pixels; SimMIM's head needs squares.")
+        if unit % patch[0]:
+            raise ValueError(f"mask_patch_size={unit} is no multiple of the backbone's patch of {patch[0]} pixels.")
+        if unit % self.encoder_stride and self.encoder_stride % unit:
+            raise ValueError(
+                f"Squares of mask_patch_size={unit} pixels cut through the cells of {self.encoder_stride} pixels that "
+                f"the backbone predicts: choose a multiple or a divisor of {self.encoder_stride}."
+            )
+        squares = patch_grid(*pair(self.image_size), (unit, unit))
+        if self.mask_ratio and num_masked_units(squares, self.mask_ratio) == math.prod(squares):
+            raise ValueError(
+                f"mask_ratio={self.mask_ratio} masks all of the {squares[0]} x {squares[1]} squares of {unit} pixels: "
+                "choose a smaller mask_patch_size or larger pictures."
+            )
+        if self.backbone_config.model_type == "beit":
+            check_beit(self.backbone_config)
+        check_window(self.backbone_config, pair(self.image_size), self.encoder_stride)
+
+    @property
+    def encoder_stride(self) -> int:
+        """Side of a cell of the encoder's output in pixels: the patch, or 8 patches of 4 stages."""
+        patch = pair(self.backbone_config.patch_size)[0]
+        return patch * 2 ** (len(getattr(self.backbone_config, "depths", (1,))) - 1)
+
+    @property
+    def square_size(self) -> int:
+        """Side of a masked square in pixels."""
+        return self.mask_patch_size or max(self.encoder_stride, 2 * pair(self.backbone_config.patch_size)[0])
+
+    @property
+    def mask_options(self) -> dict:
+        """Of the mask kind "coarse"."""
+        return {"unit": self.square_size // pair(self.backbone_config.patch_size)[0]}
+
+    @classmethod
+    def of_backbone(cls, backbone_config: PreTrainedConfig, **arguments) -> "SimMIMConfig":
+        if backbone_config.model_type == "beit":
+            # BEiT with mean pooling has no norm after its last block; SimMIM gives it one.
+            backbone_config = BeitConfig(**backbone_config.to_dict() | {"use_mean_pooling": False})
+        return cls(backbone_config=backbone_config, **arguments)
+
+    def processor_settings(self) -> dict:
+        return super().processor_settings() | {
+            "mask_unit": pair(self.backbone_config.patch_size),
+            "mask_ratio": self.mask_ratio,
+            "mask_kind": "coarse",
+            "mask_options": self.mask_options,
+        }
+
+
+def simmim_vit(**settings) -> BeitConfig:
+    """The paper's ViT-B/16 as a BEiT config (`models/vision_transformer.py`, `configs/vit_base__800ep`)."""
+    return BeitConfig(
+        **{
+            "use_shared_relative_position_bias": True,
+            "use_mean_pooling": False,
+            "layer_scale_init_value": 0.1,
+            "layer_norm_eps": 1e-6,
+            "drop_path_rate": 0.1,
+        }
+        | settings
+    )
+
+
+def check_beit(config: PreTrainedConfig) -> None:
+    """Raises a ValueError for a BEiT without positions, or without the norm after its last block."""
+    positions = ("use_shared_relative_position_bias", "use_relative_position_bias", "use_absolute_position_embeddings")
+    if not any(getattr(config, name) for name in positions):
+        raise ValueError(
+            "The BEiT config has no positions, so that all masked patches would look alike: set "
+            "use_shared_relative_position_bias=True, the paper's."
+        )
+    if config.use_mean_pooling:
+        raise ValueError(
+            "With use_mean_pooling=True stock BEiT has no norm after its last block, which SimMIM's head reads: set "
+            "use_mean_pooling=False."
+        )
+
+
+def check_window(config: PreTrainedConfig, size: tuple[int, int], stride: int) -> None:
+    """Raises a ValueError where stock Swin's last map would be smaller than the window; its bias cannot shrink."""
+    if config.model_type == "swin" and min(size) // stride < config.window_size:
+        raise ValueError(
+            f"At {size[0]} x {size[1]} pixels Swin's last map is {size[0] // stride} x {size[1] // stride}, smaller "
+            f"than window_size={config.window_size}: choose a smaller window, or pictures of at least "
+            f"{stride * config.window_size} pixels."
+        )
+
+
+class SimMIMPreTrainedModel(VariantModel):
+    """Initialisation, weight decay and the masked encoder that all classes of SimMIM share."""
+
+    config: SimMIMConfig
+    uses_mask_token = True
+    _no_split_modules: ClassVar[list[str]] = ["BeitLayer", "SwinStage", "Swinv2Stage"]
+    # Attention with a bias table.
+    _supports_flash_attn = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            initialize = init_vit if self.config.backbone_config.model_type == "beit" else init_swin
+            initialize(self.backbone)
+        elif isinstance(module, nn.Conv2d):
+            init_conv(module)
+
+    def no_weight_decay(self) -> set[str]:
+        # As the reference has it: the table that a ViT's blocks share does decay.
+        names = {"mask_token", "cls_token", "position_embeddings"}
+        return names if self.config.backbone_config.model_type == "beit" else names | {TABLE}
+
+    def _check_inputs(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> tuple[int, int]:
+        """The grid of patches; raises a ValueError for inputs that do not fit."""
+        config, stride = self.config.backbone_config, self.config.encoder_stride
+        cells = check_pixel_values(pixel_values, config.num_channels, (stride, stride))
+        check_window(config, pixel_values.shape[-2:], stride)
+        per_cell = stride // pair(config.patch_size)[0]
+        grid = (cells[0] * per_cell, cells[1] * per_cell)
+        if bool_masked_pos is not None:
+            check_mask(bool_masked_pos, pixel_values.shape[0], grid)
+        return grid
+
+    def encode(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, **kwargs):
+        """The stock backbone's output; absolute positions, where there are any, follow the size of the picture."""
+        other_size = tuple(pixel_values.shape[-2:]) != pair(self.config.image_size)
+        # Stock BEiT and Swin leave the cast to the caller.
+        pixel_values = pixel_values.to(self.backbone.embeddings.patch_embeddings.projection.weight.dtype)
+        return self.backbone(
+            pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=other_size, **kwargs
+        )
+
+
+class SimMIMModel(SimMIMPreTrainedModel):
+    """The encoder: without a mask the plain backbone, with one it sees mask tokens in place of masked patches."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"decoder\..*"]
+
+    def __init__(self, config: SimMIMConfig):
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
+        """Encodes pictures.
+
+        Args:
+            pixel_values: float (batch, channels, height, width), normalised; `encoder_stride` must divide both sizes.
+            bool_masked_pos: bool (batch, patches), True = masked.
+
+        Returns:
+            last_hidden_state: (batch, 1 + patches, hidden) of BEiT, the class token first, or (batch, cells, hidden).
+
+        Raises:
+            ValueError: for other channels, sizes or mask shapes.
+        """
+        self._check_inputs(pixel_values, bool_masked_pos)
+        outputs = self.encode(pixel_values, bool_masked_pos, **kwargs)
+        return BaseModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SimMIMForPreTraining(SimMIMPreTrainedModel):
+    """Encoder, one linear layer from each of its cells to that cell's pixels, and the loss on masked pixels."""
+
+    def __init__(self, config: SimMIMConfig):
+        super().__init__(config)
+        self.patch_size = pair(config.backbone_config.patch_size)[0]
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.hidden_size, config.encoder_stride**2 * config.num_channels, kernel_size=1),
+            nn.PixelShuffle(config.encoder_stride),
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        return_loss: bool = True,
+        **kwargs,
+    ) -> MaskedImageModelingOutput:
+        """Reconstructs masked pixels.
+
+        Args:
+            pixel_values: float (batch, channels, height, width), normalised; `encoder_stride` must divide both sizes.
+            bool_masked_pos: bool (batch, patches), True = masked, on the grid of the backbone's patches; drawn here,
+                in squares of `mask_patch_size`, by default.
+            noise: float (batch, squares), distinct numbers to draw the mask from: the smallest stay visible.
+            generator: to draw the mask from.
+            return_loss: whether to compute the loss.
+
+        Returns:
+            `MaskedImageModelingOutput`; `last_hidden_state` are the backbone's tokens, as in `SimMIMModel`.
+
+        Raises:
+            ValueError: for other channels, sizes or mask shapes.
+        """
+        grid = self._check_inputs(pixel_values, bool_masked_pos)
+        if bool_masked_pos is None:
+            bool_masked_pos = self.draw_mask(pixel_values, grid, noise, generator)
+        outputs = self.encode(pixel_values, bool_masked_pos, **kwargs)
+        reconstruction = self.decoder(self.feature_map(outputs.last_hidden_state, pixel_values.shape[-2:]))
+        loss = self.loss(pixel_values, reconstruction, bool_masked_pos) if return_loss else None
+        return MaskedImageModelingOutput(
+            loss=loss,
+            losses=None if loss is None else {"reconstruction": loss.detach()},
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            reconstruction=reconstruction,
+            mask=bool_masked_pos,
+        )
+
+    def draw_mask(self, pixel_values, grid, noise=None, generator=None) -> torch.Tensor:
+        """bool (batch, patches): from `noise`, from `generator`, or as `model_draw` says."""
+        draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
+        return make_mask("coarse", draw, grid, self.config.mask_ratio, **self.config.mask_options)
+
+    def feature_map(self, tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """(batch, prefix + cells, hidden) to (batch, hidden, rows, columns), without the class token."""
+        stride = self.config.encoder_stride
+        rows, columns = size[0] // stride, size[1] // stride
+        return tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+
+    def loss(self, pixel_values, reconstruction, bool_masked_pos) -> torch.Tensor:
+        """Mean absolute error over masked pixels and their channels (paper, equation 1; `SimMIM.forward`)."""
+        error = (reconstruction.float() - pixel_values.float()).abs().mean(dim=1)  # (batch, height, width)
+        error_per_patch = F.avg_pool2d(error, self.patch_size).flatten(1)  # (batch, patches)
+        return masked_mean(error_per_patch, bool_masked_pos)
+
+    @torch.no_grad()
+    def pictures(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> dict:
+        """What there is to see: name of the panel -> (batch, channels, height, width), normalised as the input."""
+        output = self(pixel_values, bool_masked_pos, return_loss=False)
+        grid = self._check_inputs(pixel_values, None)
+        hidden = output.mask.unflatten(1, (1, *grid))  # (batch, 1, rows, columns)
+        hidden = hidden.repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
+        return {
+            "picture": pixel_values,
+            "masked": pixel_values.masked_fill(hidden, 0.0),
+            "reconstruction": torch.where(hidden, output.reconstruction.to(pixel_values.dtype), pixel_values),
+        }
+
+
+@torch.no_grad()
+def init_vit(backbone: nn.Module) -> None:
+    """The reference's initialisation of its ViT, of what has not been loaded (`models/vision_transformer.py`).
+
+    Normal with deviation 0.02, truncated at one deviation; the last linear layers of both halves of block l, counted
+    from 1, divided by sqrt(2 l).
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            _trunc_normal(module.weight, 0.02)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+    for number, layer in enumerate(backbone.layers, start=1):
+        for linear in (layer.attention.o_proj, layer.mlp.fc2):
+            _trunc_normal(linear.weight, 0.02 / math.sqrt(2 * number))
+    embeddings = backbone.embeddings
+    for token in (embeddings.cls_token, embeddings.mask_token, embeddings.position_embeddings):
+        if token is not None:
+            _trunc_normal(token, 0.02)
+
+
+def _trunc_normal(tensor: torch.Tensor, std: float) -> None:
+    init.trunc_normal_(tensor, std=std, a=-std, b=std)
+
+
+@torch.no_grad()
+def init_swin(backbone: nn.Module) -> None:
+    """The reference's initialisation of Swin, of what has not been loaded (`models/swin_transformer.py`)."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init_conv(module)
+        elif hasattr(module, TABLE):
+            init.trunc_normal_(getattr(module, TABLE), std=0.02)
+    embeddings = backbone.embeddings
+    for token in (embeddings.mask_token, embeddings.position_embeddings):
+        if token is not None:
+            init.trunc_normal_(token, std=0.02)
+
+
+def init_conv(conv: nn.Conv2d) -> None:
+    """torch's own initialisation of a convolution, which the reference leaves as it is."""
+    init.kaiming_uniform_(conv.weight, a=math.sqrt(5))
+    bound = 1 / math.sqrt(conv.weight[0].numel())
+    init.uniform_(conv.bias, -bound, bound)
+
+
+def official_config(state_dict: dict[str, torch.Tensor]) -> SimMIMConfig:
+    """The config of an official pretraining checkpoint, read from its shapes.
+
+    Raises:
+        ValueError: if it holds neither of the reference's encoders.
+    """
+    if "encoder.rel_pos_bias.relative_position_bias_table" in state_dict:
+        return SimMIMConfig(backbone_config=_official_vit(state_dict))
+    if "encoder.layers.0.blocks.0.attn.relative_position_bias_table" in state_dict:
+        return SimMIMConfig(backbone_config=_official_swin(state_dict))
+    raise ValueError(
+        "The checkpoint holds no SimMIM pretraining: no relative positions under encoder.rel_pos_bias (ViT) or "
+        "encoder.layers (Swin). Fine-tuned checkpoints are not converted."
+    )
+
+
+def _official_vit(state_dict: dict[str, torch.Tensor]) -> BeitConfig:
+    hidden_size, num_channels, patch_size, _ = state_dict["encoder.patch_embed.proj.weight"].shape
+    positions, heads = state_dict["encoder.rel_pos_bias.relative_position_bias_table"].shape
+    return simmim_vit(
+        hidden_size=hidden_size,
+        num_hidden_layers=_count(state_dict, "encoder.blocks."),
+        num_attention_heads=heads,
+        intermediate_size=state_dict["encoder.blocks.0.mlp.fc1.weight"].shape[0],
+        image_size=_window(positions - 3) * patch_size,
+        patch_size=patch_size,
+        num_channels=num_channels,
+    )
+
+
+def _official_swin(state_dict: dict[str, torch.Tensor]) -> SwinConfig:
+    embed_dim, num_channels, patch_size, _ = state_dict["encoder.patch_embed.proj.weight"].shape
+    stages = range(_count(state_dict, "encoder.layers."))
+    tables = [state_dict[f"encoder.layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in stages]
+    window_size = _window(tables[0].shape[0])
+    # The mask of the shifted windows says how many windows the first stage has.
+    windows = state_dict["encoder.layers.0.blocks.1.attn_mask"].shape[0]
+    return SwinConfig(
+        embed_dim=embed_dim,
+        depths=[_count(state_dict, f"encoder.layers.{stage}.blocks.") for stage in stages],
+        num_heads=[table.shape[1] for table in tables],
+        window_size=window_size,
+        mlp_ratio=state_dict["encoder.layers.0.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+        drop_path_rate=0.0,
+        image_size=math.isqrt(windows) * window_size * patch_size,
+        patch_size=patch_size,
+        num_channels=num_channels,
+    )
+
+
+def _count(state_dict: dict, prefix: str) -> int:
+    """How many numbered modules there are under a prefix."""
+    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in state_dict if name.startswith(prefix))
+
+
+def _window(positions: int) -> int:
+    """The side of a window that has so many relative positions, (2 side - 1) squared."""
+    return (math.isqrt(positions) + 1) // 2
+
+
+# Official name -> ours, of both encoders.
+_RENAMING = (
+    (r"^encoder\.(cls_token|mask_token)$", r"backbone.embeddings.\1"),
+    (r"^encoder\.(pos_embed|absolute_pos_embed)$", "backbone.embeddings.position_embeddings"),
+    (r"^encoder\.patch_embed\.proj\.", "backbone.embeddings.patch_embeddings.projection."),
+    (r"^encoder\.patch_embed\.norm\.", "backbone.embeddings.norm."),
+    (r"^encoder\.norm\.", "backbone.layernorm."),
+    (r"^encoder\.rel_pos_bias\.", "backbone.shared_position_bias."),
+    (r"^encoder\.blocks\.", "backbone.layers."),
+    (r"^encoder\.layers\.", "backbone.encoder.layers."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.gamma_([12])$", r".lambda_\1"),
+    (r"\.attn\.qkv\.", ".attention.{qkv}_proj."),
+    (r"\.attn\.([qv])_bias$", r".attention.\1_proj.bias"),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (rf"\.attn\.{TABLE}$", rf".attention.relative_position_bias.{TABLE}"),
+)
+
+
+def convert_official_weights(state_dict: dict[str, torch.Tensor], config: SimMIMConfig) -> dict[str, torch.Tensor]:
+    """Official names to ours; names that are not known stay as they are, for strict loading to report.
+
+    Args:
+        state_dict: of the reference's `SimMIM`, encoder and decoder.
+        config: unused here; other variants' conversions need it.
+    """
+    # Buffers that follow from the window and the picture's size.
+    tables = ("relative_position_index", "attn_mask")
+    return rename_weights({name: value for name, value in state_dict.items() if not name.endswith(tables)}, _RENAMING)
+
+
+def tiny_config() -> SimMIMConfig:
+    backbone_config = simmim_vit(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=4,
+        drop_path_rate=0.0,
+    )
+    return SimMIMConfig(backbone_config=backbone_config)
+
+
+register_variant(
+    config=SimMIMConfig,
+    pretraining=SimMIMForPreTraining,
+    model=SimMIMModel,
+    heads={AutoModelForMaskedImageModeling: SimMIMForPreTraining},
+    tiny_config=tiny_config,
+    convert=convert_official_weights,
+    official_config=official_config,
+)
