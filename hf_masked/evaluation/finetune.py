@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from hf_masked.evaluation.features import ImageSettings, evaluation_mode, interpolation_argument, load_encoder
+from hf_masked.modeling.parts.backbones import without_mask_token
 from hf_masked.modeling.parts.gray import fold_gray_to_rgb
+from hf_masked.modeling.parts.relative_positions import TABLE, beit_for_finetuning
 from hf_masked.processing.image_processing import AUGMENT, CROP, MaskedImageProcessor
 from hf_masked.processing.stock import save_stock_processor
 from hf_masked.randomness import keyed_draw, sample_keys
@@ -52,7 +54,8 @@ def finetune(
     """Trains all weights of an encoder and a new linear head, then classifies the test pictures.
 
     AdamW with layer-wise decay of the learning rate, warm-up, half a cosine to 0, random resized crops and flips. The
-    budget is a number of steps, so that fewer labels cost no less; the learning rate suits a few hundred steps.
+    budget is a number of steps, so that fewer labels cost no less; the learning rate suits a few hundred steps. A
+    BEiT takes the form in which its paper and SimMIM fine-tune it, see `beit_for_finetuning`.
 
     Args:
         encoder: a checkpoint (folder or Hub id, of this package or of transformers), a stock transformers encoder, or
@@ -168,7 +171,9 @@ class FineTuner(FaithfulCheckpointsMixin, Trainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             model = self.model if model is None else model
-            groups = parameter_groups(model, self.args.weight_decay, self.args.learning_rate, self.layer_decay)
+            groups = parameter_groups(
+                model, self.args.weight_decay, self.args.learning_rate, self.layer_decay, no_weight_decay=[TABLE]
+            )
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
@@ -291,6 +296,9 @@ def _build(encoder, settings, label_names) -> tuple[PreTrainedModel, ImageSettin
         settings = settings or own_settings
     if settings is None:
         raise ValueError("A model says nothing of mean, standard deviation and size: pass settings.")
+    encoder = without_mask_token(encoder)
+    if encoder.config.model_type == "beit":
+        encoder = beit_for_finetuning(encoder)
     with tempfile.TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
         return load_classifier(folder, label_names), settings

@@ -22,6 +22,13 @@ class PreTrainingArguments(TrainingArguments):
         },
     )
     base_batch_size: int = field(default=256, metadata={"help": "The batch that `base_learning_rate` is meant for."})
+    lr_milestones: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of the training after which the learning rate is divided by 10, warm-up before them and "
+            "nothing else. Replaces `lr_scheduler_type`."
+        },
+    )
     layer_decay: float | None = field(
         default=None, metadata={"help": "Factor of the learning rate per layer, from the top down; none by default."}
     )
@@ -67,6 +74,8 @@ class PreTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.base_learning_rate is not None and self.base_learning_rate <= 0:
             raise ValueError(f"base_learning_rate is {self.base_learning_rate}; it must be positive.")
+        if self.lr_milestones and not 0 < min(self.lr_milestones) <= max(self.lr_milestones) < 1:
+            raise ValueError(f"lr_milestones are {self.lr_milestones}; shares of the training lie between 0 and 1.")
         for name in ("probe_every_epochs", "picture_every_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (never) or positive.")

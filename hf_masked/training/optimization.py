@@ -1,6 +1,7 @@
 """What optimizers are given: parameter groups, learning rates that scale with the batch, and LARS."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -21,6 +22,24 @@ def scaled_learning_rate(base: float, effective_batch: int, reference: int = 256
         effective_batch: samples per optimizer step: batch per device x devices x accumulated batches.
     """
     return base * effective_batch / reference
+
+
+def multistep_schedule(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, milestones: list[int], factor: float = 0.1
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up from 0, then the full learning rate, times `factor` from each milestone on.
+
+    transformers has no such schedule.
+
+    Args:
+        warmup_steps: optimizer steps.
+        milestones: optimizer steps, ascending.
+    """
+
+    def scale(step: int) -> float:
+        return step / warmup_steps if step < warmup_steps else factor ** bisect_right(milestones, step)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
 
 
 def parameter_groups(

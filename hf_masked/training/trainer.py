@@ -23,7 +23,7 @@ from hf_masked.data import (
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import EpochCallback, TrainingProgressCallback
 from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
-from hf_masked.training.optimization import parameter_groups, scaled_learning_rate
+from hf_masked.training.optimization import multistep_schedule, parameter_groups, scaled_learning_rate
 from hf_masked.training.throughput import STARVING, ThroughputMeter
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,16 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **arguments)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.lr_scheduler is None and self.args.lr_milestones:
+            self.lr_scheduler = multistep_schedule(
+                self.optimizer if optimizer is None else optimizer,
+                self.args.get_warmup_steps(num_training_steps),
+                [round(share * num_training_steps) for share in sorted(self.args.lr_milestones)],
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         started = time.perf_counter()

@@ -94,6 +94,25 @@ def test_nothing_saved_needs_this_package(served):
     assert json.loads((served[0] / "config.json").read_text())["architectures"] == ["ViTForImageClassification"]
 
 
+@pytest.mark.parametrize("kind", ["beit", "swin"])
+def test_encoders_with_mask_tokens_are_fine_tuned_without(kind, digits, tmp_path):
+    """A BEiT in its papers' form as well: a table in every block, and the mean of the patches."""
+    config = copy.deepcopy(ENCODERS[kind])
+    if kind == "beit":
+        config.use_shared_relative_position_bias, config.use_mean_pooling = True, False
+    encoder = build_backbone(config, mask_token=True)
+    settings = ImageSettings(mean=(0.5,) * 3, std=(0.5,) * 3, size=(8, 8))
+    few = few_label_subset(digits[1], 20)
+    data = digits[0][few], digits[1][few], digits[2][:10], digits[3][:10]
+    finetune(encoder, *data, settings=settings, steps=1, output_dir=str(tmp_path))
+    tuned = AutoModelForImageClassification.from_pretrained(tmp_path)
+    names = {name for name, _ in tuned.named_parameters()}
+    assert not any("mask_token" in name for name in names) and encoder.embeddings.mask_token is not None
+    if kind == "beit":
+        assert tuned.config.use_mean_pooling and "beit.pooler.layernorm.weight" in names
+        assert "beit.layers.0.relative_position_bias.relative_position_bias_table" in names
+
+
 def test_resume_is_exact(digits, tmp_path):
     options = {
         "settings": SETTINGS,

@@ -10,6 +10,7 @@ import torch
 from hf_masked.processing.masks import (
     MASKS,
     block_mask,
+    coarse_mask,
     grid_mask,
     make_mask,
     num_masked_units,
@@ -33,7 +34,7 @@ def test_count_is_maes(units, ratio, masked):
 
 
 @pytest.mark.parametrize("ratio", [-0.25, 1.25, float("nan")])
-@pytest.mark.parametrize("kind", ["random", "block", "grid"])
+@pytest.mark.parametrize("kind", ["random", "block", "coarse", "grid"])
 def test_ratio_outside_0_to_1_is_refused(kind, ratio):
     with pytest.raises(ValueError, match=r"mask ratio"):
         make_mask(kind, draw_for(2), (4, 4), ratio)
@@ -70,7 +71,7 @@ def test_grid_refuses_what_does_not_divide():
         grid_mask(draw_for(1), (4, 4), 0.6)
 
 
-@pytest.mark.parametrize("kind", ["random", "block", "grid"])
+@pytest.mark.parametrize("kind", ["random", "block", "coarse", "grid"])
 def test_samples_differ_and_repeat_with_their_keys(kind):
     masks = make_mask(kind, draw_for(100), (14, 14), 0.75)
     assert masks.unique(dim=0).shape[0] == 100
@@ -80,7 +81,32 @@ def test_samples_differ_and_repeat_with_their_keys(kind):
     assert torch.equal(make_mask(kind, keyed_draw(keys), (14, 14), 0.75), masks[[42, 7]])
 
 
-@pytest.mark.parametrize("kind", ["random", "grid"])
+@pytest.mark.parametrize(("size", "unit", "squares"), [(48, 8, 22), (14, 2, 30)])
+def test_coarse_masks_simmims_squares_whole(size, unit, squares):
+    """Swin with patch 4 at 192 px and ViT with patch 16 at 224 px, squares of 32 px: 22 of 36 and 30 of 49."""
+    masks = coarse_mask(draw_for(64), (size, size), 0.6, unit=unit).view(64, size, size)
+    cells = masks.unfold(1, unit, unit).unfold(2, unit, unit).flatten(3)
+    assert (cells == cells[..., :1]).all()
+    assert cells[..., 0].flatten(1).sum(dim=1).unique().tolist() == [squares]
+
+
+def test_coarse_count_is_the_ceiling_that_simmim_takes():
+    assert all(num_masked_units((n,), 0.6) == math.ceil(n * 0.6) for n in range(1, 2000))
+
+
+def test_coarse_squares_are_in_raster_order_and_may_fill_a_rectangle():
+    noise = torch.tensor([[0.1, 0.9, 0.8, 0.2, 0.3, 0.7]])  # 2 x 3 squares; the three smallest stay visible
+    expected = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1]]).bool()
+    assert torch.equal(coarse_mask(given_draw(noise), (4, 6), 0.5).view(4, 6), expected)
+
+
+@pytest.mark.parametrize("unit", [0, 3])
+def test_coarse_squares_that_do_not_tile_are_refused(unit):
+    with pytest.raises(ValueError, match=rf"{unit} x {unit} units do not tile the grid 4 x 6"):
+        coarse_mask(draw_for(1), (4, 6), 0.5, unit=unit)
+
+
+@pytest.mark.parametrize("kind", ["random", "coarse", "grid"])
 def test_every_unit_has_the_same_chance(kind):
     frequency = make_mask(kind, draw_for(4000), (6, 8), 0.75).float().mean(dim=0)
     assert (frequency - 0.75).abs().max() < 5 * (0.75 * 0.25 / 4000) ** 0.5
@@ -169,7 +195,7 @@ def test_block_masks_are_distributed_as_beits():
 
 
 def test_unknown_kind_names_the_known():
-    with pytest.raises(ValueError, match="'blocks'; known are block, grid, random"):
+    with pytest.raises(ValueError, match="'blocks'; known are block, coarse, grid, random"):
         make_mask("blocks", draw_for(1), (4, 4), 0.5)
 
 

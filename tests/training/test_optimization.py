@@ -11,7 +11,14 @@ from transformers import (
     ViTConfig,
 )
 
-from hf_masked.training.optimization import LARS, layer_scales, parameter_groups, scaled_learning_rate
+from hf_masked.training.arguments import PreTrainingArguments
+from hf_masked.training.optimization import (
+    LARS,
+    layer_scales,
+    multistep_schedule,
+    parameter_groups,
+    scaled_learning_rate,
+)
 
 VIT = {
     "hidden_size": 8,
@@ -156,3 +163,39 @@ def test_lars_by_hand():
     second = 0.5 * 0.5 + 0.1 * 18**0.5
     assert weight.detach()[0].tolist() == pytest.approx([3.0, 3.0 - 2.0 * second])
     assert bias.item() == pytest.approx(1.0 - 2.0 * 0.25 - 2.0 * (0.125 + 0.25))
+
+
+def rates(schedule, optimizer, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_multistep_schedule_warms_up_and_falls_at_each_milestone():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = multistep_schedule(optimizer, warmup_steps=4, milestones=[6, 8])
+    assert rates(schedule, optimizer, 10) == pytest.approx([0, 0.5, 1.0, 1.5, 2, 2, 0.2, 0.2, 0.02, 0.02])
+
+
+def test_trainer_follows_the_milestones_of_simmims_recipe(tmp_path):
+    """Warm-up for 10 of 800 epochs, a tenth of the learning rate from epoch 700 on."""
+    from hf_masked import SimMIMForPreTraining
+    from hf_masked.modeling.masked_image.simmim import tiny_config
+    from hf_masked.training.trainer import PreTrainer
+
+    args = PreTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, learning_rate=1.0, warmup_steps=0.0125, lr_milestones=[0.875]
+    )
+    trainer = PreTrainer(model=SimMIMForPreTraining(tiny_config()), args=args)
+    trainer.create_optimizer()
+    found = rates(trainer.create_scheduler(800), trainer.optimizer, 800)
+    assert found[:11] == pytest.approx([step / 10 for step in range(11)])
+    assert set(found[10:700]) == {1.0} and found[700:] == pytest.approx([0.1] * 100)
+
+
+def test_milestones_outside_the_training_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"lr_milestones are \[700\.0\]"):
+        PreTrainingArguments(output_dir=str(tmp_path), use_cpu=True, lr_milestones=[700.0])
