@@ -1,6 +1,7 @@
 """Official checkpoints into this package's layout."""
 
 import argparse
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -9,12 +10,16 @@ from transformers import PreTrainedModel
 from hf_masked.modeling.base import VariantConfig
 from hf_masked.modeling.registry import Variant
 
+# Classes of training checkpoints' settings that are let through. yacs's is a dict with attributes, and of those torch
+# fills OrderedDict alone.
+SETTINGS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+
 
 def read_official(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights of an official `.pth` file, read with `weights_only=True`.
 
-    Training checkpoints hold the weights under "model" or "state_dict", beside an optimizer and an argparse Namespace,
-    the one class that is let through.
+    Training checkpoints hold the weights under "model" or "state_dict", beside an optimizer and settings: an argparse
+    Namespace (MAE) or a yacs CfgNode (SimMIM), the classes that are let through.
 
     Raises:
         ValueError: if the file holds no weights, or objects that are not loaded for safety.
@@ -22,7 +27,7 @@ def read_official(path: str | Path) -> dict[str, torch.Tensor]:
     if not Path(path).is_file():
         raise ValueError(f"There is no file {path}.")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(SETTINGS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a file of weights: {str(error).splitlines()[0]}") from error

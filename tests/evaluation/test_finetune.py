@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import (
 
 from hf_masked.evaluation.features import ImageSettings
 from hf_masked.evaluation.finetune import few_label_subset, finetune, load_classifier
+from hf_masked.modeling.parts.backbones import build_backbone
 from hf_masked.modeling.parts.gray import fold_gray_to_rgb
 
 SETTINGS = ImageSettings(mean=(0.3,), std=(0.35,), size=(8, 8))

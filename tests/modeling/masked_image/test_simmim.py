@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from transformers import (
 from hf_masked import MaskedImageProcessor, SimMIMConfig, SimMIMForPreTraining, SimMIMModel
 from hf_masked.data import ResidentImageDataset
 from hf_masked.data.sources import ArraySource
+from hf_masked.modeling.conversion import convert, read_official
 from hf_masked.modeling.masked_image.simmim import (
     convert_official_weights,
     official_config,
@@ -156,8 +159,6 @@ def test_official_config_is_read_from_the_shapes(run):
 
 @pytest.mark.parametrize("run", PARITY["pretraining"])
 def test_official_file_converts_strictly(run, tmp_path):
-    from hf_masked.modeling.conversion import convert
-
     official = official_shapes(run)
     torch.save({"model": official, "epoch": 799}, tmp_path / "ckpt.pth")
     model = convert(get_variant("simmim"), tmp_path / "ckpt.pth")
@@ -165,6 +166,20 @@ def test_official_file_converts_strictly(run, tmp_path):
     torch.save({"model": official | {"encoder.extra": torch.zeros(1)}}, tmp_path / "ckpt.pth")
     with pytest.raises(ValueError, match=r"left over: encoder\.extra"):
         convert(get_variant("simmim"), tmp_path / "ckpt.pth")
+
+
+def test_training_checkpoints_of_the_reference_are_read(tmp_path, monkeypatch):
+    """They hold their settings as a yacs CfgNode, which is a dict with attributes."""
+    module = types.ModuleType("yacs.config")
+    module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config", "__qualname__": "CfgNode"})
+    settings = module.CfgNode(DATA=module.CfgNode(IMG_SIZE=192))
+    settings.__dict__["__immutable__"] = True
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", module)
+        torch.save({"model": {"w": torch.ones(2)}, "max_accuracy": 0.0, "config": settings}, tmp_path / "ckpt.pth")
+    assert "yacs" not in sys.modules
+    assert read_official(tmp_path / "ckpt.pth")["w"].tolist() == [1.0, 1.0]
 
 
 def test_other_checkpoints_are_refused():
