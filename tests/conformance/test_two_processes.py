@@ -1,5 +1,6 @@
 """Two processes train what one trains, with the same batch: replicated (DDP), and sharded (FSDP2) with a checkpoint."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import ViTModel
 
+from hf_masked.training.cli import main as program
 from tests.conformance.cases import skip_if_declined
 from tests.conformance.test_training import trainer_of
-from tests.conformance.two_processes import STEPS, VARIANTS, settings
+from tests.conformance.two_processes import STEPS, VARIANTS, program_flags, settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,24 +52,31 @@ def assert_equal(folder: Path, trainer, tolerance: float = 2e-5) -> None:
         torch.testing.assert_close(value, expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def losses(log_history: list[dict]) -> list[float]:
-    return [line["loss"] for line in log_history if "loss" in line]
-
-
 def test_replicated_run_equals_one_process(single, folder):
     variant, trainer = single
     skip_if_declined(variant, "ddp")
     assert_equal(folder / variant.name / "ddp", trainer)
 
 
-def test_sharded_run_equals_one_process(single, folder):
+def test_sharded_run_equals_one_process_also_when_it_is_resumed(single, folder):
     variant, trainer = single
-    skip_if_declined(variant, "ddp")
-    skip_if_declined(variant, "fsdp")
-    for checkpoint in (f"fsdp/checkpoint-{STEPS}", "fsdp resumed"):
-        assert_equal(folder / variant.name / checkpoint, trainer)
-    halfway = folder / variant.name / "fsdp" / f"checkpoint-{STEPS // 2}"
+    for check in ("ddp", "fsdp"):
+        skip_if_declined(variant, check)
+    assert_equal(folder / variant.name / "fsdp", trainer)
+    assert_equal(folder / variant.name / "fsdp" / f"checkpoint-{STEPS}", trainer)
+    assert_equal(folder / variant.name / "resumed", trainer)
     with pytest.raises(AssertionError):
-        assert_equal(halfway, trainer)
+        assert_equal(folder / variant.name / "fsdp" / f"checkpoint-{STEPS // 2}", trainer)
 
 
+def test_program_leaves_the_same_of_a_sharded_run(folder, tmp_path):
+    trainer = program([*program_flags(processes=1), "--output_dir", str(tmp_path)])
+    found = folder / "program"
+    assert_equal(found, trainer)
+    encoder = ViTModel.from_pretrained(found / "encoder", add_pooling_layer=False)
+    for name, value in trainer.model.backbone.state_dict().items():
+        torch.testing.assert_close(encoder.state_dict()[name], value, rtol=0, atol=2e-5, msg=name)
+    assert (found / "pictures" / "step-000006.png").is_file()
+    measured, expected = (json.loads((path / "run.json").read_text())["measured"] for path in (found, tmp_path))
+    for figure in ("loss", "loss_reconstruction", "knn_accuracy", "feature_spread"):
+        assert measured[figure] == pytest.approx(expected[figure], rel=0.02), figure
