@@ -137,8 +137,8 @@ def evaluation_mode(module: nn.Module):
 
 @contextmanager
 def gathered(model: nn.Module):
-    """Inside the block a part of a model can be called alone, even where FSDP has sharded the model: what a forward pass
-    of the whole would gather is there. All processes enter the block together."""
+    """Inside the block a part of a model can be called alone, even where FSDP has sharded the model: what a forward
+    pass of the whole would gather is there. All processes enter the block together."""
     if not isinstance(model, FSDPModule):
         yield
         return

@@ -116,11 +116,11 @@ class VariantModel(PreTrainedModel):
         return False
 
     def frozen_parameters(self) -> Iterable[torch.nn.Parameter]:
-        """Parameters that are never trained: fixed tables inside stock backbones, teachers. Twins need not be named."""
+        """Parameters that are never trained: fixed tables inside stock backbones, teachers. Twins always are."""
         return ()
 
     def freeze(self) -> None:
-        """Freezes `frozen_parameters()` and twins; `from_pretrained` of transformers makes every parameter trainable."""
+        """Freezes `frozen_parameters()` and twins; transformers' `from_pretrained` makes every parameter trainable."""
         for parameter in self.frozen_parameters():
             parameter.requires_grad_(False)
         for twin in self.twins().values():
@@ -136,7 +136,7 @@ class VariantModel(PreTrainedModel):
             twin.update(self, self.training_progress)
 
     def train(self, mode: bool = True):
-        # Trainers call this at each step, outside of what is compiled.
+        # The Trainer calls this at each step, outside of what is compiled.
         if mode:
             for twin in self.twins().values():
                 twin.watch(self)

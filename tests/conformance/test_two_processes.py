@@ -1,4 +1,4 @@
-"""Two processes train what one trains, with the same batch: replicated (DDP), and sharded (FSDP2) with a checkpoint."""
+"""Two processes train what one trains, with the same batch: replicated (DDP), and sharded (FSDP2) and resumed."""
 
 import json
 import os

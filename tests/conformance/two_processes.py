@@ -30,8 +30,6 @@ FSDP = {
 }
 
 
-
-
 def settings(processes: int) -> dict:
     """Of one of so many processes: the batch of them all is 8."""
     return {

@@ -21,8 +21,7 @@ def test_every_key_is_known(path):
 
 def test_fsdp2_is_what_accelerate_makes_of_it(monkeypatch):
     args = launch_command_parser().parse_args(["--config_file", str(CONFIGS / "fsdp2.yaml"), "train.py"])
-    args, _, mixed_precision_from_config = _validate_launch_command(args)
-    environment = prepare_multi_gpu_env(args)
+    environment = prepare_multi_gpu_env(_validate_launch_command(args)[0])
     assert environment["ACCELERATE_USE_FSDP"] == "true" and environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
     for name in [name for name in os.environ if name.startswith("FSDP_")]:
         monkeypatch.delenv(name)

@@ -1,4 +1,4 @@
-"""The momentum twin: a copy of modules that follows them slowly and makes their targets (BYOL, MoCo, HPM, CAPI, ...)."""
+"""The momentum twin: a copy of modules that follows them slowly and makes their targets (BYOL, MoCo, HPM, ...)."""
 
 import copy
 import logging
@@ -20,8 +20,8 @@ class MomentumTwin(nn.Module):
         self.twin = MomentumTwin(self, ("backbone", "projector"), momentum=cosine_momentum(0.996))
 
     before `post_init()` and runs `self.twin.backbone(...)` under `torch.no_grad()`. `VariantModel` does the rest: the
-    twin begins as the exact copy, also where a checkpoint holds none, stays frozen after loading, and `update_twins()`,
-    which `TrainingProgressCallback` calls after each optimizer step, moves it. It is saved with the model.
+    twin begins as the exact copy, also where a checkpoint holds none, stays frozen after loading, is saved with the
+    model, and is moved by `update_twins()`, which `TrainingProgressCallback` calls after each optimizer step.
 
     The average is kept in the parameters' own type. Under autocast that is float32; with weights in bfloat16, steps
     smaller than a 256th of a weight are lost.
@@ -48,8 +48,8 @@ class MomentumTwin(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.eval_mode = eval_mode
-        self._seen: tuple[int, int] | None = None
-        self._has_warned = False
+        self._watching = True
+        self._first_seen: torch.Tensor | None = None
         self.momentum_at(0.0)
         # Copied together, so that what the modules share stays shared.
         for name, module in copy.deepcopy({name: online.get_submodule(name) for name in names}).items():
@@ -78,28 +78,34 @@ class MomentumTwin(nn.Module):
         torch._foreach_lerp_(*self._pairs(online, "parameters"), 1.0 - self.momentum_at(progress))
         if self.eval_mode:
             self._copy(online, "buffers")
-        self._seen = None
+        self._watching, self._first_seen = False, None
 
     @torch.no_grad()
     def reset(self, online: nn.Module) -> None:
         """Makes the twin equal to `online` again."""
         self._copy(online, "parameters")
         self._copy(online, "buffers")
-        self._seen = None
+        self._first_seen = None
 
     def watch(self, online: nn.Module) -> None:
-        """Warns once if the online parameters have changed since the last call and the twin has not been updated."""
+        """Warns once if the online weights have changed since the first call and the twin has never been updated.
+
+        Reads a value from the device until one or the other is known, which is after the optimizer's first step.
+        """
         parameter = next((p for p in self._pairs(online, "parameters")[1] if p.requires_grad), None)
-        if parameter is None or self._has_warned:
+        if not self._watching or parameter is None:
             return
-        # Torch counts the changes of a tensor. FSDP takes turns with two tensors, and each has a count of its own.
-        seen, self._seen = self._seen, (id(parameter), parameter._version)
-        if seen is not None and seen[0] == self._seen[0] and seen[1] != self._seen[1]:
-            self._has_warned = True
+        # Of a sharded parameter this process's share.
+        weights = (parameter.to_local() if hasattr(parameter, "to_local") else parameter).detach()
+        seen = self._first_seen
+        if seen is None or (seen.shape, seen.dtype, seen.device) != (weights.shape, weights.dtype, weights.device):
+            self._first_seen = weights.clone()
+        elif not torch.equal(weights, seen):
+            self._watching = False
             logger.warning(
-                "The weights have changed and the momentum twin stands still: nothing calls `update_twins()` after the "
-                "optimizer's steps. Use `PreTrainer`, or add `hf_masked.training.callbacks.TrainingProgressCallback()` "
-                "to the Trainer's callbacks."
+                "The weights have changed and the momentum twin stands still: nothing calls `update_twins()` after "
+                "the optimizer's steps. Use `PreTrainer`, or add `TrainingProgressCallback()` of "
+                "`hf_masked.training.callbacks` to the Trainer's callbacks."
             )
 
     def _copy(self, online: nn.Module, kind: str) -> None:
