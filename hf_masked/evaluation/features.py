@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModel, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -111,7 +112,8 @@ def extract_features(
     encoder = getattr(model, "backbone", model)
     if device is not None:
         encoder.to(device)
-    with evaluation_mode(encoder), torch.inference_mode():
+    # What FSDP gathers in inference mode no later backward pass could use.
+    with evaluation_mode(encoder), torch.no_grad(), gathered(model):
         chunks = [_features(encoder, batch, mean, std, size, pooling) for batch in images.split(batch_size)]
     return torch.cat(chunks)
 
@@ -131,6 +133,20 @@ def evaluation_mode(module: nn.Module):
     finally:
         for submodule, mode in modes.items():
             submodule.training = mode
+
+
+@contextmanager
+def gathered(model: nn.Module):
+    """Inside the block a part of a model can be called alone, even where FSDP has sharded the model: what a forward
+    pass of the whole would gather is there. All processes enter the block together."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def to_model_input(images: torch.Tensor, mean, std, size: tuple[int, int] | None, num_channels: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ViTConfig
 
 from hf_masked.modeling.parts.backbones import build_backbone, copy_weights, load_backbone
+from hf_masked.modeling.parts.momentum import MomentumTwin
 
 
 class VariantConfig(PreTrainedConfig):
@@ -97,7 +98,17 @@ class VariantModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
+        # What FSDP shards as units. It refuses names of modules that the model at hand does not hold. A unit's weights
+        # are there only while it is called, and methods read the weights of embeddings without calling them.
+        held = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = {name for name in self._no_split_modules & held if not name.endswith("Embeddings")}
+        for twin in self.twins().values():
+            twin.reset(self)
         self.freeze()
+
+    def get_input_embeddings(self) -> None:
+        # Accelerate's FSDP would make them a unit too, see `post_init`; transformers' own method raises here.
+        return None
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -107,24 +118,45 @@ class VariantModel(PreTrainedModel):
         return False
 
     def frozen_parameters(self) -> Iterable[torch.nn.Parameter]:
-        """Parameters that are never trained: fixed tables inside stock backbones, teachers, twins."""
+        """Parameters that are never trained: fixed tables inside stock backbones, teachers. Twins always are."""
         return ()
 
     def freeze(self) -> None:
-        """Freezes `frozen_parameters()`; `from_pretrained` of transformers makes every parameter trainable."""
+        """Freezes `frozen_parameters()` and twins; transformers' `from_pretrained` makes every parameter trainable."""
         for parameter in self.frozen_parameters():
             parameter.requires_grad_(False)
+        for twin in self.twins().values():
+            twin.requires_grad_(False)
+
+    def twins(self) -> dict[str, MomentumTwin]:
+        """The momentum twins that the model holds, by name."""
+        return {name: child for name, child in self.named_children() if isinstance(child, MomentumTwin)}
+
+    def update_twins(self) -> None:
+        """Moves the twins towards the weights; `TrainingProgressCallback` calls it after each optimizer step."""
+        for twin in self.twins().values():
+            twin.update(self, self.training_progress)
+
+    def train(self, mode: bool = True):
+        # The Trainer calls this at each step, outside of what is compiled.
+        if mode:
+            for twin in self.twins().values():
+                twin.watch(self)
+        return super().train(mode)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay beyond norms and biases, which never have it."""
         return set()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers. A twin that the checkpoint does not hold begins as the copy of what was loaded."""
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for name, twin in model.twins().items():
+            if {f"{name}.{key}" for key in twin.state_dict()} <= set(report["missing_keys"]):
+                twin.reset(model)
         model.freeze()
-        return loaded
+        return (model, report) if output_loading_info else model
 
     @classmethod
     def from_backbone(cls, backbone: str | PreTrainedModel, **config_arguments):
@@ -141,11 +173,15 @@ class VariantModel(PreTrainedModel):
             backbone = load_backbone(backbone, mask_token=cls.uses_mask_token)
         model = cls(cls.config_class.of_backbone(backbone.config, **config_arguments))
         copy_weights(backbone, model.backbone)
+        for twin in model.twins().values():
+            twin.reset(model)
         return model
 
     def sync_backbone(self) -> None:
         """Writes what the method keeps outside the backbone into it; saving and exporting call this."""
 
     def save_pretrained(self, *args, **kwargs):
-        self.sync_backbone()
+        # Weights that are handed over were gathered from a sharded model, which one process alone must not touch.
+        if kwargs.get("state_dict") is None:
+            self.sync_backbone()
         return super().save_pretrained(*args, **kwargs)

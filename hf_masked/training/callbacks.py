@@ -19,10 +19,16 @@ COLLAPSED = 0.05
 
 
 class TrainingProgressCallback(TrainerCallback):
-    """Tells the model how far training has come: `model.training_progress` from 0 to 1."""
+    """Tells the model how far training has come, `model.training_progress` from 0 to 1, and moves its momentum twins
+    after each step of the optimizer."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._set(model, state)
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        # With fp16, Accelerate's optimizer skips steps whose gradients overflow.
+        if hasattr(model, "update_twins") and not getattr(optimizer, "step_was_skipped", False):
+            model.update_twins()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._set(model, state)

@@ -58,7 +58,8 @@ class FaithfulCheckpointsMixin:
     """Put before `Trainer` among the base classes: resuming and `load_best_model_at_end` load what was saved.
 
     DDP and compiled models are unwrapped. FSDP, DeepSpeed, SageMaker's model parallelism, PEFT and models that are
-    not `PreTrainedModel`s load as the Trainer loads them.
+    not `PreTrainedModel`s load as the Trainer loads them. With FSDP nothing is lost by that: Accelerate writes files
+    of its own beside `model.safetensors`, with the names that the parameters have in memory, and reads those.
 
     Raises:
         ValueError: when a checkpoint and the model differ, see `load_weights`.

@@ -158,12 +158,17 @@ def checkpoint_to_resume(args: PreTrainingArguments) -> str | None:
 
 def finish(trainer: PreTrainer, method: MethodArguments, dataset_name: str) -> None:
     """Writes the model, the plain encoder in `encoder/`, the loss curve and `run.json`."""
+    if trainer.is_fsdp_enabled:
+        # Checkpoints may be sharded, what a run leaves is whole.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return
     output = Path(trainer.args.output_dir)
-    export_encoder(trainer.model, trainer.processing_class, output / "encoder")
+    # Read back from the file: the weights in memory may be shards.
+    model = get_variant(method.method).pretraining.from_pretrained(output)
+    export_encoder(model, trainer.processing_class, output / "encoder")
     loss_curve(trainer.state.log_history, output / "pictures" / "loss.png")
     (output / "run.json").write_text(json.dumps(describe_run(trainer, method, dataset_name), indent=2) + "\n")
     print(

@@ -7,6 +7,7 @@ and loads checkpoints the way `from_pretrained` does.
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader
@@ -49,6 +50,12 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
             )
         # The launch may choose the precision as well as the arguments.
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+        if self.accelerator.is_fsdp2 and dtype != torch.float32:
+            # Accelerate's would round the loss and sum the gradients of all processes in half precision.
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
         self.throughput = ThroughputMeter(self.args.device, dtype, self.args.world_size)
         self.bad_images = BadImageLog(self.args.max_bad_share)
         self._loss_parts: dict[str, torch.Tensor] = {}

@@ -32,19 +32,18 @@ def trainer_of(variant, output: Path, **settings) -> PreTrainer:
     model = tiny_model(variant)
     processor = processor_of(variant, model.config)
     source = ArraySource("random pictures", pictures(processor, 32).numpy())
-    args = PreTrainingArguments(
-        output_dir=str(output),
-        use_cpu=True,
-        per_device_train_batch_size=4,
-        max_steps=8,
-        learning_rate=1e-3,
-        save_strategy="steps",
-        save_steps=3,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        **settings,
-    )
+    defaults = {
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "max_steps": 8,
+        "learning_rate": 1e-3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    args = PreTrainingArguments(output_dir=str(output), **(defaults | settings))
     return PreTrainer(
         model=model, args=args, processing_class=processor, train_dataset=ResidentImageDataset(source, processor)
     )
