@@ -85,6 +85,32 @@ def test_folder_with_splits(tmp_path):
     assert test.labels().tolist() == [0, 1]
 
 
+def test_split_folders_without_classes_have_no_labels(tmp_path):
+    folder = write_folder(tmp_path, ["Training/0.png", "Val/1.png", ".hidden/2.png"])
+    source = load_images(str(folder), split="validation")
+    assert [value_of(source, 0)] == [1]
+    assert source.labels() is None
+    with pytest.raises(ValueError, match="no split 'test', but train and validation"):
+        load_images(str(folder), split="test")
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_folder(tmp_path, ["store/0.png", "photos/cat/1.png"])
+    (tmp_path / "photos" / "dog").symlink_to(tmp_path / "store")
+    (tmp_path / "photos" / "cat" / "up").symlink_to(tmp_path / "photos")
+    source = load_images(str(tmp_path / "photos"))
+    assert len(source) == 2
+    assert source.class_names == ["cat", "dog"]
+
+
+def test_slices_and_metadata_are_read_by_datasets(tmp_path):
+    folder = write_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png", "b/3.png"])
+    assert len(load_images(str(folder), split="train[:50%]")) == 2
+    write_folder(tmp_path / "described", ["0.png", "1.png"])
+    (tmp_path / "described" / "metadata.csv").write_text("file_name,label\n0.png,7\n1.png,5\n")
+    assert load_images(str(tmp_path / "described")).labels().tolist() == [7, 5]
+
+
 def test_parquet_with_any_column_names_and_string_labels(tmp_path):
     path = write_table(tmp_path / "x.parquet", {"scan": [encoded(5), encoded(6)], "target": ["b", "a"]})
     for source in (load_images(path), load_images(str(tmp_path)), load_images(str(tmp_path / "*.parquet"))):
