@@ -45,7 +45,7 @@ class ImageDataset(Dataset):
         self.processor = processor
         self.seed = seed
         self.training = training
-        self._pictures = Pictures(source, processor.num_channels, max_bad_share)
+        self._pictures = Pictures(source, processor, max_bad_share)
         self._labels = source.labels()
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class ResidentImageDataset(Dataset):
         self.seed = seed
         self.training = training
         self._labels = source.labels()
-        self._pictures = Pictures(source, processor.num_channels, max_bad_share)
+        self._pictures = Pictures(source, processor, max_bad_share)
         images = source.as_tensor()
         self._used = torch.arange(len(source))
         if images is None:
@@ -227,7 +227,7 @@ class StreamingImageDataset(IterableDataset):
         samples = self.source.samples(order, self.buffer_size, part, parts, start)
         for place, (content, name, label) in enumerate(samples, start):
             try:
-                image = decode_picture(content, name, self.processor.num_channels)
+                image = decode_picture(content, name, self.processor.num_channels, self.processor.shrink)
             except BadImageError as error:
                 image = error
             yield place * parts + part, image, label

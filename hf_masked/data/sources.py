@@ -22,6 +22,9 @@ FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 # A file of this name in a folder of images holds their labels; `datasets` reads it.
 METADATA = "metadata"
 
+# Describes a folder that `hf_masked.data.cached` wrote.
+CACHE_FILE = "cache.json"
+
 Content = bytes | str | Image.Image | np.ndarray
 
 
@@ -54,6 +57,27 @@ class ImageSource:
     def as_tensor(self) -> torch.Tensor | None:
         """uint8 (n, channels, height, width), if the pictures are equally sized arrays in memory already."""
         return None
+
+    def samples(
+        self,
+        shuffle_seed: int | None = None,
+        buffer_size: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+    ) -> Iterator[tuple[Content | BadImageError, str, int | None]]:
+        """See `StreamingImageSource.samples`; the whole order is shuffled, without a buffer, and what is left out is
+        not read."""
+        order = np.arange(len(self))
+        if shuffle_seed is not None:
+            np.random.default_rng(shuffle_seed).shuffle(order)
+        labels = self.labels()
+        for index in order[rank::world_size][start:].tolist():
+            try:
+                content, name = self.picture(index)
+            except BadImageError as error:
+                content, name = error, f"picture {index} of {self.name}"
+            yield content, name, None if labels is None else int(labels[index])
 
 
 class ArraySource(ImageSource):
@@ -90,7 +114,7 @@ class ArraySource(ImageSource):
 
 class FolderSource(ImageSource):
     """Images in a folder. Their classes are the names of the folders that hold them, where there are several at the
-    same depth. It can be streamed, too: in an order that is shuffled as a whole.
+    same depth.
 
     Args:
         folder: where they are.
@@ -133,21 +157,6 @@ class FolderSource(ImageSource):
 
     def labels(self) -> torch.Tensor | None:
         return self._labels
-
-    def samples(
-        self,
-        shuffle_seed: int | None = None,
-        buffer_size: int = 1000,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
-    ) -> Iterator[tuple[str, str, int | None]]:
-        """See `StreamingImageSource.samples`; the buffer is not needed, and what is left out is not read."""
-        order = np.arange(len(self))
-        if shuffle_seed is not None:
-            np.random.default_rng(shuffle_seed).shuffle(order)
-        for index in order[rank::world_size][start:].tolist():
-            yield *self.picture(index), None if self._labels is None else int(self._labels[index])
 
 
 class TableSource(ImageSource):
@@ -269,8 +278,8 @@ def load_images(
 
     Args:
         dataset_name: an id on the Hub; a local folder of images (its sub-folders are classes, or splits with classes
-            in them), Parquet or WebDataset tar files; a local file or pattern, or a URL, of Parquet or tar files;
-            "fashion_mnist" or "digits".
+            in them), Parquet or WebDataset tar files; a cache, see `hf-masked cache`; a local file or pattern, or a
+            URL, of Parquet or tar files; "fashion_mnist" or "digits".
         split: "train", "test", ...; for all but the small sets also a slice such as "train[:10%]".
         config_name: the configuration, where a data set on the Hub has several.
         image_column: the column of pictures: encoded, or uint8 arrays with any number of channels. By default the one
@@ -288,6 +297,10 @@ def load_images(
             raise ValueError(f"{dataset_name} is held in memory and cannot be streamed: use streaming=False.")
         return ArraySource(*SMALL_SETS[dataset_name](split))
     folder = Path(dataset_name).expanduser()
+    if (folder / CACHE_FILE).is_file():
+        from hf_masked.data.cached import CachedSource
+
+        return CachedSource(folder, split)
     if folder.is_dir() and split in SPLIT_FOLDERS.values():  # `datasets` knows slices of splits
         files = _images_in(folder.resolve())
         if files is not None:

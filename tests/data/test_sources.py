@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -260,6 +261,12 @@ def test_damaged_idx_files_are_refused(tmp_path):
             small_sets.read_idx(tmp_path / name)
 
 
-def test_importing_the_package_leaves_datasets_alone():
-    code = "import sys, hf_masked.data; sys.exit('datasets' in sys.modules or 'sklearn' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_neither_the_package_nor_a_folder_of_images_needs_datasets(tmp_path):
+    """A large folder starts with its names alone; to open one of these files would wait for ever."""
+    for number in range(3):
+        os.mkfifo(tmp_path / f"{number}.jpg")
+    code = (
+        "import sys, hf_masked.data as data; source = data.load_images(sys.argv[1]); "
+        "sys.exit(len(source) != 3 or 'datasets' in sys.modules or 'sklearn' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120).returncode == 0
