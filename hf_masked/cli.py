@@ -1,7 +1,8 @@
-"""The command line: `hf-masked list`, `info`, `convert`, `export`, `evaluate`, `finetune`, `visualize`."""
+"""The command line: `hf-masked list`, `info`, `convert`, `export`, `evaluate`, `finetune`, `visualize`, `cache`."""
 
 import inspect
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -225,6 +226,36 @@ def visualize(
     output.parent.mkdir(parents=True, exist_ok=True)
     picture_grid({name: processor.denormalize(panel) for name, panel in panels.items()}, rows).save(output)
     typer.echo(f"Wrote {output}.")
+
+
+@app.command()
+def cache(
+    dataset_name: Annotated[str, typer.Argument(help="Hub id, folder of images, Parquet or tar files.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; then --dataset_name of train.py.")],
+    size: Annotated[int, typer.Option(help="Short side of the pictures; larger ones are made smaller.")] = 256,
+    num_channels: Annotated[int, typer.Option(help="1 (gray), 3 (RGB), or that of the arrays.")] = 3,
+    split: Annotated[list[str], typer.Option(help="By default train, test and validation, where there are.")] = [],  # noqa: B006
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_bad_share: Annotated[float, typer.Option(help="More unreadable pictures than this share are an error.")] = 0.1,
+    num_workers: Annotated[int, typer.Option(help="Processes that decode.")] = os.cpu_count() or 1,
+) -> None:
+    """Decodes a data set once and keeps it as small uint8 pictures, which feed training several times faster."""
+    from hf_masked.data import load_images
+    from hf_masked.data.cached import write_cache
+
+    sources, reasons = {}, []
+    for name in split or ("train", "test", "validation"):
+        try:
+            sources[name] = load_images(dataset_name, name, image_column=image_column, label_column=label_column)
+        except ValueError as error:
+            reasons.append(error)
+    if not sources or (split and reasons):
+        raise reasons[0]
+    written = write_cache(sources, output, size, num_channels, num_workers, max_bad_share)
+    for name, (good, bad) in written.items():
+        typer.echo(f"{name}: {good} pictures" + (f", {bad} bad ones left out" if bad else ""))
+    typer.echo(f"Wrote {output}: train.py --dataset_name {output}")
 
 
 def _labelled(dataset_name, settings, splits, image_column, label_column, limit, seed):

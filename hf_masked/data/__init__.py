@@ -6,6 +6,7 @@ from hf_masked.data.images import (
     KeyedSampler,
     ResidentImageDataset,
     StreamingImageDataset,
+    StreamPosition,
     collate_images,
 )
 from hf_masked.data.labelled import labelled_tensors
@@ -17,6 +18,7 @@ __all__ = [
     "ImageSource",
     "KeyedSampler",
     "ResidentImageDataset",
+    "StreamPosition",
     "StreamingImageDataset",
     "StreamingImageSource",
     "collate_images",

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from hf_masked.data.sources import Content, ImageSource
-from hf_masked.processing.decoding import BadImageError, open_image, to_channels, to_uint8_tensor
+from hf_masked.processing.decoding import BadImageError, Shrink, open_image, to_channels, to_uint8_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +20,11 @@ SUSPICIOUS = 100
 
 
 class Pictures:
-    """The good pictures of a source, with a memory for the bad ones."""
+    """The good pictures of a source, as large as a processor needs them, with a memory for the bad ones."""
 
-    def __init__(self, source: ImageSource, num_channels: int, max_bad_share: float):
+    def __init__(self, source: ImageSource, processor, max_bad_share: float):
         self.source = source
-        self.num_channels = num_channels
+        self.processor = processor
         self.max_bad_share = max_bad_share
         self.bad: dict[int, str] = {}
         self.any_good = False
@@ -65,7 +65,7 @@ class Pictures:
         if index in self.bad:
             return None
         try:
-            image = decode_picture(*self.source.picture(index), self.num_channels)
+            image = decode_picture(*self.source.picture(index), self.processor.num_channels, self.processor.shrink)
         except BadImageError as error:
             self.bad[index] = str(error)
             return None
@@ -113,8 +113,12 @@ class BadImageLog:
             raise ValueError(too_many_bad(self.faults, self.bad_seen, self.seen))
 
 
-def decode_picture(content: Content | BadImageError, name: str, num_channels: int) -> Image.Image | torch.Tensor:
+def decode_picture(
+    content: Content | BadImageError, name: str, num_channels: int, shrink: Shrink | None = None
+) -> Image.Image | torch.Tensor:
     """A Pillow picture or a uint8 tensor (channels, height, width) with the right channels.
+
+    `shrink`: see `open_image`.
 
     Raises:
         BadImageError: for anything else, with the name; the given one, if that is the content.
@@ -122,7 +126,7 @@ def decode_picture(content: Content | BadImageError, name: str, num_channels: in
     if isinstance(content, BadImageError):
         raise content
     try:
-        image = content if isinstance(content, np.ndarray) else open_image(content, name)
+        image = content if isinstance(content, np.ndarray) else open_image(content, name, shrink)
         return to_channels(image, num_channels)
     except BadImageError as error:
         message = str(error)

@@ -6,6 +6,7 @@ place, and its name travels with the batch.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -44,7 +45,7 @@ class ImageDataset(Dataset):
         self.processor = processor
         self.seed = seed
         self.training = training
-        self._pictures = Pictures(source, processor.num_channels, max_bad_share)
+        self._pictures = Pictures(source, processor, max_bad_share)
         self._labels = source.labels()
 
     def __len__(self) -> int:
@@ -99,7 +100,7 @@ class ResidentImageDataset(Dataset):
         self.seed = seed
         self.training = training
         self._labels = source.labels()
-        self._pictures = Pictures(source, processor.num_channels, max_bad_share)
+        self._pictures = Pictures(source, processor, max_bad_share)
         images = source.as_tensor()
         self._used = torch.arange(len(source))
         if images is None:
@@ -119,6 +120,21 @@ class ResidentImageDataset(Dataset):
         return _batch(pixels, indices, epochs, self._labels, self._pictures.faults(asked))
 
 
+@dataclass
+class StreamPosition:
+    """Where one process stands in a stream that is shared out into parts, one for each worker of each process.
+
+    Args:
+        epoch: the pass.
+        places: how many samples of each part were used.
+        next_worker: whose turn it is.
+    """
+
+    epoch: int = 0
+    places: dict[int, int] = field(default_factory=dict)
+    next_worker: int = 0
+
+
 class StreamingImageDataset(IterableDataset):
     """Pictures in passing, one sample at a time, for `DataLoader(..., collate_fn=collate_images)`.
 
@@ -131,6 +147,9 @@ class StreamingImageDataset(IterableDataset):
         processor, seed, training: see `ImageDataset`; without training the order is the stream's own.
         buffer_size: pictures in each worker's shuffle buffer.
         rank, world_size: which of how many processes this is.
+
+    Attributes:
+        position: the samples that are left out; `note` moves it behind those that were used.
     """
 
     def __init__(
@@ -150,7 +169,22 @@ class StreamingImageDataset(IterableDataset):
         self.buffer_size = buffer_size
         self.rank = rank
         self.world_size = world_size
+        self.position = StreamPosition()
         self._epoch = torch.tensor(0).share_memory_()  # persistent workers see it change
+
+    def note(self, batch: dict, num_workers: int) -> None:
+        """Takes note of a batch that was used.
+
+        Args:
+            batch: of `collate_images`.
+            num_workers: of the loader.
+        """
+        workers, epoch = max(1, num_workers), int(batch["epoch"])
+        if epoch != self.position.epoch:
+            self.position = StreamPosition(epoch)
+        place, part = divmod(int(batch["indices"][-1]), self.world_size * workers)
+        self.position.places[part] = place + 1
+        self.position.next_worker = (part + 1) % workers
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order and the crops of the next pass."""
@@ -163,7 +197,13 @@ class StreamingImageDataset(IterableDataset):
             ValueError: if there is no good picture among the first `MIN_SEEN`.
         """
         epoch = int(self._epoch)
-        decoded = self._decoded(epoch)
+        position = self.position if self.position.epoch == epoch else StreamPosition(epoch)
+        worker = get_worker_info()
+        workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        # The loader asks its workers in turn, beginning with the first: it gets the part whose turn it is.
+        part = self.rank * workers + (position.next_worker + number) % workers
+        start = position.places.get(part, 0)
+        decoded = self._decoded(epoch, part, self.world_size * workers, start)
         last, bad = None, []
         while chunk := list(islice(decoded, CHUNK)):
             bad += [str(image) for _, image, _ in chunk if isinstance(image, BadImageError)]
@@ -179,22 +219,18 @@ class StreamingImageDataset(IterableDataset):
         if last is not None:
             last["bad"] += bad  # held back, so that names which no sample follows are not lost
             yield last
-        elif bad:
+        elif bad and (start == 0 or len(bad) >= MIN_SEEN):
             raise ValueError(too_many_bad(bad, len(bad), len(bad)))
 
-    def _decoded(self, epoch: int):
-        worker = get_worker_info()
-        workers = 1 if worker is None else worker.num_workers
-        rank = self.rank * workers + (0 if worker is None else worker.id)
-        world_size = self.world_size * workers
+    def _decoded(self, epoch: int, part: int, parts: int, start: int):
         order = int(sample_keys(self.seed, epoch, [0], purpose=ORDER)) % 2**63 if self.training else None
-        samples = self.source.samples(order, self.buffer_size, rank, world_size)
-        for place, (content, name, label) in enumerate(samples):
+        samples = self.source.samples(order, self.buffer_size, part, parts, start)
+        for place, (content, name, label) in enumerate(samples, start):
             try:
-                image = decode_picture(content, name, self.processor.num_channels)
+                image = decode_picture(content, name, self.processor.num_channels, self.processor.shrink)
             except BadImageError as error:
                 image = error
-            yield place * world_size + rank, image, label
+            yield place * parts + part, image, label
 
     def _samples(self, epoch: int, decoded: list[tuple], bad: list[str]) -> list[dict]:
         """Samples of decoded pictures; the first one carries the names of the bad."""

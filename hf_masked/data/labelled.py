@@ -49,7 +49,7 @@ def _labelled_files(source: ImageSource, processor, order, labels, limit: int | 
     pixels, used, images = [], [], []
     for index in order.tolist():
         try:
-            images.append(decode_picture(*source.picture(index), processor.num_channels))
+            images.append(decode_picture(*source.picture(index), processor.num_channels, processor.shrink))
         except BadImageError as error:
             logger.warning("Bad picture, left out: %s", error)
             continue

@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,17 @@ from torch.utils.data import get_worker_info
 
 from hf_masked.data import small_sets
 from hf_masked.data.columns import find_image_column, find_label_column, read_cell
+from hf_masked.data.folders import SPLIT_FOLDERS, files_below, has_splits, image_suffixes
 from hf_masked.processing.decoding import BadImageError
 
 SMALL_SETS = {"fashion_mnist": small_sets.fashion_mnist, "digits": small_sets.digits}
 FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 
-# Sub-folders that mean splits, not classes.
-SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
+# A file of this name in a folder of images holds their labels; `datasets` reads it.
+METADATA = "metadata"
+
+# Describes a folder that `hf_masked.data.cached` wrote.
+CACHE_FILE = "cache.json"
 
 Content = bytes | str | Image.Image | np.ndarray
 
@@ -53,6 +58,27 @@ class ImageSource:
         """uint8 (n, channels, height, width), if the pictures are equally sized arrays in memory already."""
         return None
 
+    def samples(
+        self,
+        shuffle_seed: int | None = None,
+        buffer_size: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+    ) -> Iterator[tuple[Content | BadImageError, str, int | None]]:
+        """See `StreamingImageSource.samples`; the whole order is shuffled, without a buffer, and what is left out is
+        not read."""
+        order = np.arange(len(self))
+        if shuffle_seed is not None:
+            np.random.default_rng(shuffle_seed).shuffle(order)
+        labels = self.labels()
+        for index in order[rank::world_size][start:].tolist():
+            try:
+                content, name = self.picture(index)
+            except BadImageError as error:
+                content, name = error, f"picture {index} of {self.name}"
+            yield content, name, None if labels is None else int(labels[index])
+
 
 class ArraySource(ImageSource):
     """Equally sized pictures in memory.
@@ -84,6 +110,53 @@ class ArraySource(ImageSource):
 
     def as_tensor(self) -> torch.Tensor:
         return self._images
+
+
+class FolderSource(ImageSource):
+    """Images in a folder. Their classes are the names of the folders that hold them, where there are several at the
+    same depth.
+
+    Args:
+        folder: where they are.
+        files: their paths, relative to `folder`.
+        split: "train", "test" or "validation", see `folders.SPLITS`.
+
+    Raises:
+        ValueError: if there is no such split.
+    """
+
+    def __init__(self, folder: Path, files: list[str], split: str):
+        self.name = f"{folder} ({split})"
+        self._folder = os.fsencode(folder)
+        splits, parents = ["train"] * len(files), [os.path.dirname(file) for file in files]
+        if has_splits(folder):
+            first, parents = zip(*(parent.partition(os.sep)[::2] for parent in parents), strict=True)
+            splits = [SPLIT_FOLDERS.get(name.lower()) for name in first]
+        chosen = [number for number, name in enumerate(splits) if name == split]
+        if not chosen:
+            known = " and ".join(sorted({name for name in splits if name}))
+            raise ValueError(
+                f"'{folder}' has no split {split!r}, but {known}: choose one, or make splits with sub-folders such as "
+                "train and test."
+            )
+        # One array of bytes: of a list of strings each forked worker would come to hold a copy.
+        self._files = np.array([os.fsencode(files[number]) for number in chosen])
+        self._labels = None
+        names = sorted({os.path.basename(parent) for parent in parents})
+        if len(names) > 1 and "" not in names and len({parent.count(os.sep) for parent in parents}) == 1:
+            self.class_names = names
+            number_of = {name: number for number, name in enumerate(names)}
+            self._labels = torch.tensor([number_of[os.path.basename(parents[number])] for number in chosen])
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def picture(self, index: int) -> tuple[str, str]:
+        path = os.fsdecode(os.path.join(self._folder, self._files[index]))
+        return path, path
+
+    def labels(self) -> torch.Tensor | None:
+        return self._labels
 
 
 class TableSource(ImageSource):
@@ -144,7 +217,12 @@ class StreamingImageSource:
         self._rows = _undecoded(stream, self._image_column).select_columns(columns).with_format("arrow")
 
     def samples(
-        self, shuffle_seed: int | None = None, buffer_size: int = 1000, rank: int = 0, world_size: int = 1
+        self,
+        shuffle_seed: int | None = None,
+        buffer_size: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
     ) -> Iterator[tuple[Content | BadImageError, str, int | None]]:
         """One pass over this rank's part of the stream.
 
@@ -153,6 +231,8 @@ class StreamingImageSource:
             buffer_size: pictures in the shuffle buffer.
             rank, world_size: which of how many parts. Ranks share out whole files where there are enough of them,
                 else pictures.
+            start: so many pictures at the beginning of this part are left out; they are read, but nothing is made of
+                them.
 
         Yields:
             Content (or the error that stands in its place), its name for messages, and its label: -1 for an empty
@@ -169,7 +249,7 @@ class StreamingImageSource:
             rows = split_dataset_by_node(rows, rank=rank, world_size=world_size, strategy=strategy)
         # Not `iter(rows)`: in a DataLoader's worker that would split by worker once more, and leave all but one worker
         # idle where there is only one file.
-        for place, row in enumerate(rows.iter(batch_size=1)):
+        for place, row in islice(enumerate(rows.iter(batch_size=1)), start, None):
             where = f"picture {place} of part {rank} of {self.name}"
             try:
                 content, name = read_cell(row.column(self._image_column)[0], where)
@@ -198,8 +278,8 @@ def load_images(
 
     Args:
         dataset_name: an id on the Hub; a local folder of images (its sub-folders are classes, or splits with classes
-            in them), Parquet or WebDataset tar files; a local file or pattern, or a URL, of Parquet or tar files;
-            "fashion_mnist" or "digits".
+            in them), Parquet or WebDataset tar files; a cache, see `hf-masked cache`; a local file or pattern, or a
+            URL, of Parquet or tar files; "fashion_mnist" or "digits".
         split: "train", "test", ...; for all but the small sets also a slice such as "train[:10%]".
         config_name: the configuration, where a data set on the Hub has several.
         image_column: the column of pictures: encoded, or uint8 arrays with any number of channels. By default the one
@@ -216,6 +296,16 @@ def load_images(
         if streaming:
             raise ValueError(f"{dataset_name} is held in memory and cannot be streamed: use streaming=False.")
         return ArraySource(*SMALL_SETS[dataset_name](split))
+    folder = Path(dataset_name).expanduser()
+    if (folder / CACHE_FILE).is_file():
+        from hf_masked.data.cached import CachedSource
+
+        return CachedSource(folder, split)
+    if folder.is_dir() and split in SPLIT_FOLDERS.values():  # `datasets` knows slices of splits
+        files = _images_in(folder.resolve())
+        if files is not None:
+            _check_columns(dataset_name, image_column, label_column)
+            return FolderSource(folder.resolve(), files, split)
     rows = _load_rows(dataset_name, split, config_name, streaming, cache_dir)
     kind = StreamingImageSource if streaming else TableSource
     try:
@@ -273,27 +363,46 @@ def _builder_of(file: str, dataset_name: str) -> str:
     return builder
 
 
-def _locate_in_folder(folder: Path) -> tuple[str, dict]:
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+def _images_in(folder: Path) -> list[str] | None:
+    """The images below a folder, or None where they are a matter for `datasets`: in Parquet or tar files, or described
+    by a metadata file.
 
-    known = set(ImageFolder.EXTENSIONS) | set(FILE_BUILDERS)
-    suffixes = (Path(file).suffix.lower() for _, _, files in os.walk(folder) for file in files)
-    suffix = next((suffix for suffix in suffixes if suffix in known), None)
-    if suffix is None:
+    Raises:
+        ValueError: if there is nothing of all that.
+    """
+    suffixes = image_suffixes()
+    images = []
+    for file in files_below(folder):
+        stem, suffix = os.path.splitext(os.path.basename(file))
+        if suffix.lower() in FILE_BUILDERS or stem.lower() == METADATA:
+            return None
+        if suffix.lower() in suffixes:
+            images.append(file)
+    if not images:
         raise ValueError(
             f"The folder '{folder}' holds no pictures: put image files there (.jpg, .png, ...; sub-folders are "
             "classes), or Parquet or tar files."
         )
-    if suffix in FILE_BUILDERS:
+    return images
+
+
+def _check_columns(dataset_name: str, image_column: str | None, label_column: str | None) -> None:
+    """A folder of images has the columns that `datasets` would make of it."""
+    for argument, name, column in (("image_column", image_column, "image"), ("label_column", label_column, "label")):
+        if name not in (None, column):
+            raise ValueError(f"{dataset_name}: {argument}={name!r} is no column: a folder of images has image, label.")
+
+
+def _locate_in_folder(folder: Path) -> tuple[str, dict]:
+    """Parquet or tar files, a folder with a metadata file, or slices of splits of any folder.
+
+    Left to itself, `datasets` would take a class called "train", or a file called "test 1.jpg", for a split, and leave
+    out all others.
+    """
+    suffixes = {os.path.splitext(file)[1].lower() for file in files_below(folder)}
+    if suffixes & FILE_BUILDERS.keys():
         return str(folder), {}
-    return "imagefolder", {"data_dir": str(folder)} | ({} if _has_splits(folder) else {"data_files": {"train": "**"}})
-
-
-def _has_splits(folder: Path) -> bool:
-    """Whether the sub-folders are splits. Left to itself, `datasets` would take a class called "train", or a file
-    called "test 1.jpg", for a split, and leave out all others."""
-    names = {child.name.lower() for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")}
-    return bool(names) and (names <= SPLIT_FOLDERS or ("train" in names and len(names & SPLIT_FOLDERS) > 1))
+    return "imagefolder", {"data_dir": str(folder)} | ({} if has_splits(folder) else {"data_files": {"train": "**"}})
 
 
 def _undecoded(rows, image_column: str):

@@ -1,7 +1,9 @@
 """From whatever holds a picture to a Pillow picture or a uint8 tensor with the right number of channels."""
 
 import io
+import math
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,16 +16,24 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 MAX_PIXELS = 178_956_970
 
 
+# Of the width and height of a picture, how many times smaller it may be decoded.
+Shrink = Callable[[int, int], float]
+
+
 class BadImageError(ValueError):
     """A picture that cannot be used. The message names the picture and the reason."""
 
 
-def open_image(content: bytes | str | os.PathLike | Image.Image, name: str) -> Image.Image:
+def open_image(
+    content: bytes | str | os.PathLike | Image.Image, name: str, shrink: Shrink | None = None
+) -> Image.Image:
     """Opens and fully decodes a picture, and turns it upright where its EXIF data say how.
 
     Args:
         content: the encoded bytes, a path, or a Pillow picture.
         name: what to call the picture in an error.
+        shrink: of (width, height) how many times smaller the picture may be. A JPEG is then decoded at 1/2, 1/4 or
+            1/8 of its size, where that is enough: this takes a fraction of the time.
 
     Raises:
         BadImageError: for what is no picture, is cut short, or has more than `MAX_PIXELS` pixels.
@@ -34,6 +44,9 @@ def open_image(content: bytes | str | os.PathLike | Image.Image, name: str) -> I
             image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
         if image.width * image.height > MAX_PIXELS:
             raise BadImageError(f"{name}: {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        if shrink is not None:
+            times = max(1.0, shrink(*image.size))
+            image.draft(image.mode, (math.ceil(image.width / times), math.ceil(image.height / times)))
         image.load()
         # Pillow's function copies pictures that stand upright, too.
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1

@@ -117,6 +117,12 @@ class MaskedImageProcessor(BaseImageProcessor):
         """(rows, columns) of mask units."""
         return self.size["height"] // self.mask_unit[0], self.size["width"] // self.mask_unit[1]
 
+    def shrink(self, width: int, height: int) -> float:
+        """How many times smaller a picture may be decoded so that no crop, random or central, has to be enlarged."""
+        area = self.crop_scale[0] * min(self.crop_ratio[0], 1 / self.crop_ratio[1]) * width * height
+        smallest = min(area**0.5, self.crop_fraction * min(width, height))
+        return smallest / max(self._target_size)
+
     def prepare(self, images: list, keys: torch.Tensor | None = None) -> torch.Tensor:
         """First half: pictures to equally sized uint8.
 
@@ -165,12 +171,13 @@ class MaskedImageProcessor(BaseImageProcessor):
             pixel_values: float32 (batch, channels, height, width), normalised.
             bool_masked_pos: bool (batch, units), True = masked, raster order, where a mask was asked for.
         """
-        values = pixels.float() / 255
+        values, white = pixels, 255
         if augment_keys is not None:
-            values = self._augment(values, augment_keys.to(pixels.device))
+            values, white = self._augment(pixels, augment_keys.to(pixels.device))
         mean = torch.tensor(self.image_mean, device=pixels.device).view(-1, 1, 1)
         std = torch.tensor(self.image_std, device=pixels.device).view(-1, 1, 1)
-        inputs = {"pixel_values": (values - mean) / std}
+        # One new tensor, because on a CPU the time goes into memory.
+        inputs = {"pixel_values": (values - white * mean).div_(white * std)}
         if mask_keys is not None and self.mask_kind is not None:
             draw = keyed_draw(mask_keys.to(pixels.device))
             inputs["bool_masked_pos"] = masks.make_mask(
@@ -238,11 +245,12 @@ class MaskedImageProcessor(BaseImageProcessor):
             return to_uint8_tensor(views.crop_and_resize(image, box.tolist(), self._target_size, self.resample))
         return views.crop_and_resize_batch(image[None], box[None], self._target_size)[0]
 
-    def _augment(self, values, keys):
+    def _augment(self, pixels, keys):
+        """Changed pixels and their value of white: uint8 and 255, or floats and 1."""
         draw = keyed_draw(keys)
         flip = draw(1)[:, 0] < self.flip_probability
-        values = torch.where(flip[:, None, None, None], values.flip(-1), values)
-        return Photometric(**self.photometric)(values, draw) if self.photometric else values
+        pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
+        return (Photometric(**self.photometric)(pixels / 255, draw), 1) if self.photometric else (pixels, 255)
 
     def _listed(self, images) -> list:
         """One picture, a batch or a list, as a list."""

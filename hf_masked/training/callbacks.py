@@ -40,20 +40,19 @@ class TrainingProgressCallback(TrainerCallback):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells a sampler or a stream which epoch begins.
+    """Tells a sampler which epoch begins.
 
-    Accelerate's loaders do so too, but not in several processes after a resume in the middle of an epoch, and plain
-    loaders of streams never do.
+    Accelerate's loaders do so too, but not in several processes after a resume in the middle of an epoch.
 
     Args:
-        follower: has `set_epoch`.
+        sampler: has `set_epoch`.
     """
 
-    def __init__(self, follower):
-        self.follower = follower
+    def __init__(self, sampler):
+        self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.follower.set_epoch(int(state.epoch or 0))
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class EpochIntervalCallback(TrainerCallback):

@@ -25,12 +25,13 @@ from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import EpochCallback, TrainingProgressCallback
 from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
 from hf_masked.training.optimization import multistep_schedule, parameter_groups, scaled_learning_rate
+from hf_masked.training.streams import Passes, ResumableStreamsMixin
 from hf_masked.training.throughput import STARVING, ThroughputMeter
 
 logger = logging.getLogger(__name__)
 
 
-class PreTrainer(FaithfulCheckpointsMixin, Trainer):
+class PreTrainer(FaithfulCheckpointsMixin, ResumableStreamsMixin, Trainer):
     """Trains a `...ForPreTraining` model on raw pictures.
 
     Args:
@@ -79,9 +80,9 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
             "prefetch_factor": args.dataloader_prefetch_factor,
         }
         if isinstance(dataset, StreamingImageDataset):
-            self._follow_epochs(dataset)
-            # It splits itself over the processes, so Accelerate must not.
-            return DataLoader(dataset, **settings)
+            # It splits itself over the processes, so Accelerate must not. With a generator of its own the loader takes
+            # nothing from the global one, so that a resumed run draws what an uninterrupted one draws.
+            return Passes(DataLoader(dataset, generator=torch.Generator(), **settings))
         if not isinstance(dataset, ImageDataset | ResidentImageDataset):
             return super().get_train_dataloader()
         if isinstance(dataset, ResidentImageDataset):
@@ -93,12 +94,9 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
                 f"{self._train_batch_size * args.world_size} over all processes: lower per_device_train_batch_size."
             )
         sampler = KeyedSampler(len(dataset), args.seed)
-        self._follow_epochs(sampler)
-        return self.accelerator.prepare(DataLoader(dataset, sampler=sampler, **settings))
-
-    def _follow_epochs(self, follower) -> None:
         self.remove_callback(EpochCallback)
-        self.add_callback(EpochCallback(follower))
+        self.add_callback(EpochCallback(sampler))
+        return self.accelerator.prepare(DataLoader(dataset, sampler=sampler, **settings))
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:

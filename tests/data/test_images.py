@@ -2,9 +2,12 @@
 
 import io
 import logging
+import multiprocessing
 import os
 import struct
+import tarfile
 import zlib
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +18,14 @@ from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import hf_masked.data.images as images_module
 from hf_masked.data import (
     BadImageLog,
     ImageDataset,
     KeyedSampler,
     ResidentImageDataset,
     StreamingImageDataset,
+    StreamPosition,
     collate_images,
     labelled_tensors,
     load_images,
@@ -400,6 +405,69 @@ def test_persistent_workers_see_a_new_epoch(tmp_path, processor):
     for epoch in (0, 1):
         dataset.set_epoch(epoch)
         assert {int(batch["epoch"]) for batch in data} == {epoch}
+
+
+def write_tar(folder, files=1, rows=30):
+    for number in range(files):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for value in range(number * rows, (number + 1) * rows):
+                for suffix, content in (("png", encoded(value)), ("cls", str(value).encode())):
+                    member = tarfile.TarInfo(f"{value:04}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return str(folder)
+
+
+def write_folder(folder, files=1, rows=30):
+    """Classes are named like the values, so that labels are values in all three forms."""
+    for value in range(files * rows):
+        (folder / f"{value:04}").mkdir()
+        (folder / f"{value:04}" / "picture.png").write_bytes(encoded(value))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("write", "num_workers", "world_size"),
+    [(write_parquet, 0, 1), (write_parquet, 2, 2), (write_tar, 2, 1), (write_folder, 2, 1)],
+)
+def test_a_stream_goes_on_with_the_next_sample_without_decoding(
+    tmp_path, processor, monkeypatch, write, num_workers, world_size
+):
+    decoded = multiprocessing.Value("i", 0)
+    decode = images_module.decode_picture
+
+    def counted(*arguments):
+        with decoded.get_lock():
+            decoded.value += 1
+        return decode(*arguments)
+
+    monkeypatch.setattr(images_module, "decode_picture", counted)
+    source = load_images(write(tmp_path, files=3), streaming=True)
+
+    def read(rank, position, count):
+        dataset = StreamingImageDataset(source, processor, buffer_size=8, rank=rank, world_size=world_size)
+        dataset.position = position
+        dataset.set_epoch(1)
+        batches = []
+        for batch in islice(DataLoader(dataset, 4, num_workers=num_workers, collate_fn=collate_images), count):
+            dataset.note(batch, num_workers)
+            batches.append(batch)
+        return batches, dataset.position
+
+    seen = []
+    for rank in range(world_size):
+        whole, _ = read(rank, StreamPosition(1), None)
+        seen += values_of(whole)
+        # Behind the end of the smaller part, too, where two workers share three files.
+        for used in (3, 18 // world_size):
+            _, position = read(rank, StreamPosition(1), used)
+            decoded.value = 0
+            rest, _ = read(rank, position, None)
+            assert decoded.value == sum(len(batch["indices"]) for batch in whole[used:])
+            for expected, batch in zip(whole[used:], rest, strict=True):
+                assert_equal(expected, batch)
+    assert sorted(seen) == list(range(90))
+    assert seen != list(range(90))
 
 
 def test_bad_pictures_in_a_stream_are_left_out_and_named(tmp_path, processor):

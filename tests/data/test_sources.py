@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -83,6 +84,32 @@ def test_folder_with_splits(tmp_path):
     test = load_images(str(folder), split="test")
     assert [value_of(test, index) for index in range(2)] == [2, 3]
     assert test.labels().tolist() == [0, 1]
+
+
+def test_split_folders_without_classes_have_no_labels(tmp_path):
+    folder = write_folder(tmp_path, ["Training/0.png", "Val/1.png", ".hidden/2.png"])
+    source = load_images(str(folder), split="validation")
+    assert [value_of(source, 0)] == [1]
+    assert source.labels() is None
+    with pytest.raises(ValueError, match="no split 'test', but train and validation"):
+        load_images(str(folder), split="test")
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_folder(tmp_path, ["store/0.png", "photos/cat/1.png"])
+    (tmp_path / "photos" / "dog").symlink_to(tmp_path / "store")
+    (tmp_path / "photos" / "cat" / "up").symlink_to(tmp_path / "photos")
+    source = load_images(str(tmp_path / "photos"))
+    assert len(source) == 2
+    assert source.class_names == ["cat", "dog"]
+
+
+def test_slices_and_metadata_are_read_by_datasets(tmp_path):
+    folder = write_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png", "b/3.png"])
+    assert len(load_images(str(folder), split="train[:50%]")) == 2
+    write_folder(tmp_path / "described", ["0.png", "1.png"])
+    (tmp_path / "described" / "metadata.csv").write_text("file_name,label\n0.png,7\n1.png,5\n")
+    assert load_images(str(tmp_path / "described")).labels().tolist() == [7, 5]
 
 
 def test_parquet_with_any_column_names_and_string_labels(tmp_path):
@@ -234,6 +261,12 @@ def test_damaged_idx_files_are_refused(tmp_path):
             small_sets.read_idx(tmp_path / name)
 
 
-def test_importing_the_package_leaves_datasets_alone():
-    code = "import sys, hf_masked.data; sys.exit('datasets' in sys.modules or 'sklearn' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_neither_the_package_nor_a_folder_of_images_needs_datasets(tmp_path):
+    """A large folder starts with its names alone; to open one of these files would wait for ever."""
+    for number in range(3):
+        os.mkfifo(tmp_path / f"{number}.jpg")
+    code = (
+        "import sys, hf_masked.data as data; source = data.load_images(sys.argv[1]); "
+        "sys.exit(len(source) != 3 or 'datasets' in sys.modules or 'sklearn' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120).returncode == 0
