@@ -8,6 +8,7 @@ everything is written under another name, brought to the disk, and then renamed.
 import os
 import re
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,8 +170,7 @@ class WholeCheckpointsMixin:
 
 def raise_if_disk_failed(error: Exception, run: Path, what: str) -> None:
     """Raises a SavingError for an error of the file system, with what the user needs to know."""
-    # torch's writer raises plain RuntimeErrors.
-    if not isinstance(error, OSError | SafetensorError) and "inline_container" not in str(error):
+    if not isinstance(error, OSError | SafetensorError) and not _is_of_torch_save(error):
         return
     shutil.rmtree(run / UNFINISHED, ignore_errors=True)
     earlier = checkpoints_in(run)
@@ -181,6 +181,14 @@ def raise_if_disk_failed(error: Exception, run: Path, what: str) -> None:
         + ". Make room or raise the quota, then give the same command again: it goes on from "
         + (f"{earlier[-1].name}." if earlier else "the start, as there is no checkpoint yet.")
     ) from error
+
+
+def _is_of_torch_save(error: Exception) -> bool:
+    """torch's writer makes plain RuntimeErrors of what the file system says, with texts that change."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, RuntimeError) and any(
+        frame.f_globals.get("__name__") == "torch.serialization" for frame in frames
+    )
 
 
 def _size(folder: Path) -> int:

@@ -62,8 +62,8 @@ class PreTrainer(FaithfulCheckpointsMixin, WholeCheckpointsMixin, Trainer):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
         self.throughput = ThroughputMeter(self.args.device, dtype, self.args.world_size)
         self.bad_images = BadImageLog(self.args.max_bad_share)
-        self._loss_parts: dict[str, torch.Tensor] = {}
-        self._batches, self._finite_batches, self._stepped = 0, 0, False
+        self._stepped = False
+        self._start_means()
         self.guard, self.stop_signals = NonFiniteGuard(self), StopSignals()
         for callback in (TrainingProgressCallback(), self.stop_signals, self.guard):  # the guard looks before a save
             self.add_callback(callback)
@@ -172,7 +172,7 @@ class PreTrainer(FaithfulCheckpointsMixin, WholeCheckpointsMixin, Trainer):
     def _add_loss_parts(self, parts: dict[str, torch.Tensor], finite: torch.Tensor) -> None:
         for name, value in parts.items():
             self._loss_parts[name] = self._loss_parts.get(name, 0.0) + torch.where(finite, value.detach(), 0.0)
-        self._finite_batches = self._finite_batches + finite
+        self._finite_batches += finite
         self._batches += 1
 
     def training_step(self, *args, **kwargs):
@@ -224,5 +224,10 @@ class PreTrainer(FaithfulCheckpointsMixin, WholeCheckpointsMixin, Trainer):
         if finite < self._batches:
             logs = logs | {"loss": logs["loss"] * self._batches / finite if finite else math.nan}
         logs = logs | {f"loss_{name}": mean for name, mean in zip(self._loss_parts, means, strict=True)}
-        self._loss_parts, self._batches, self._finite_batches = {}, 0, 0
+        self._start_means()
         return logs
+
+    def _start_means(self) -> None:
+        self._loss_parts: dict[str, torch.Tensor] = {}
+        self._batches = 0
+        self._finite_batches = torch.zeros((), device=self.args.device)
