@@ -42,6 +42,13 @@ class Pictures:
             self._check(n)
         raise ValueError(too_many_bad(self.bad.values(), len(self.bad), n))
 
+    def name(self, index: int) -> str:
+        """The source's name for a picture, for messages."""
+        try:
+            return self.source.picture(index)[1]
+        except BadImageError as error:
+            return str(error)
+
     def faults(self, indices: Iterable[int]) -> list[str]:
         """What is wrong with those of `indices` that are bad. The ones that were met in passing, in search of a
         replacement, stay out: counted as well, a row of neighbouring bad files would look like a bad set."""
@@ -111,6 +118,15 @@ class BadImageLog:
         self.bad_seen += len(batch["bad"])
         if self.seen >= self.min_seen and self.bad_seen > self.max_bad_share * self.seen:
             raise ValueError(too_many_bad(self.faults, self.bad_seen, self.seen))
+
+    def state_dict(self) -> dict:
+        """What was counted, for a checkpoint; of the JSON types."""
+        return {"seen": self.seen, "bad_seen": self.bad_seen, "faults": list(self.faults)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on counting where `state_dict()` was taken."""
+        self.seen, self.bad_seen = state["seen"], state["bad_seen"]
+        self.faults = dict.fromkeys(state["faults"])
 
 
 def decode_picture(

@@ -51,6 +51,10 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self._pictures)
 
+    def name(self, index: int) -> str:
+        """What the source calls a picture."""
+        return self._pictures.name(index)
+
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         """A batch.
 
@@ -109,6 +113,10 @@ class ResidentImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self._used)
+
+    def name(self, index: int) -> str:
+        """What the source calls a picture."""
+        return self._pictures.name(index)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         """See `ImageDataset.__getitems__`; `pixels` are on the device, the rest on the CPU."""

@@ -56,6 +56,17 @@ class PreTrainingArguments(TrainingArguments):
     max_bad_share: float = field(
         default=0.1, metadata={"help": "Share of unreadable pictures above which the run stops with an error."}
     )
+    nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "What a loss or gradients that are not finite do: 'stop' the run with the samples' names, or "
+            "'skip' the step and go on. The weights are spared either way.",
+            "choices": ["stop", "skip"],
+        },
+    )
+    nonfinite_check_steps: int = field(
+        default=10, metadata={"help": "Look every so many steps whether the last ones were finite."}
+    )
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that read pictures."})
     # Pretraining drops the last, smaller batch: every step then has the same shape and the same weight.
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last, incomplete batch."})
@@ -76,6 +87,10 @@ class PreTrainingArguments(TrainingArguments):
             raise ValueError(f"base_learning_rate is {self.base_learning_rate}; it must be positive.")
         if self.lr_milestones and not 0 < min(self.lr_milestones) <= max(self.lr_milestones) < 1:
             raise ValueError(f"lr_milestones are {self.lr_milestones}; shares of the training lie between 0 and 1.")
+        if self.nonfinite not in ("stop", "skip"):
+            raise ValueError(f"nonfinite is {self.nonfinite!r}; it must be 'stop' or 'skip'.")
+        if self.nonfinite_check_steps < 1:
+            raise ValueError(f"nonfinite_check_steps is {self.nonfinite_check_steps}; it must be at least 1.")
         for name in ("probe_every_epochs", "picture_every_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (never) or positive.")

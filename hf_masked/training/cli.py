@@ -1,5 +1,6 @@
 """The training program behind `train.py`."""
 
+import itertools
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+from transformers import AutoImageProcessor, PreTrainedModel, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_masked
@@ -23,34 +24,50 @@ from hf_masked.data import (
 from hf_masked.modeling.registry import Variant, get_variant
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import OnlineProbeCallback, PictureCallback
+from hf_masked.training.checkpoints import load_weights
 from hf_masked.training.export import export_encoder
-from hf_masked.training.launch import LaunchError, check_launch, use_all_cores
+from hf_masked.training.faults import NonFiniteError
+from hf_masked.training.launch import LaunchError, check_launch, follow_launcher, use_all_cores
 from hf_masked.training.recipes import DataArguments, MethodArguments, RecipeError, parse
+from hf_masked.training.saving import SavingError, checkpoints_in, write_whole
 from hf_masked.training.trainer import PreTrainer
 from hf_masked.training.visualization import loss_curve
 
 logger = logging.getLogger(__name__)
+
+# Values of --resume_from_checkpoint that name no checkpoint.
+ANEW = ("no", "false", "False")
+GO_ON = (None, "true", "True", "auto")
 
 # Pictures drawn by the picture callback.
 PICTURES = 8
 
 
 def main(arguments: list[str] | None = None) -> PreTrainer:
-    """Runs the program; a mistake of the user's ends it with one line and status 2."""
+    """Runs the program.
+
+    A mistake of the user's ends it with one line and status 2, a full disk or a loss that is not finite with one line
+    and status 1, SIGTERM and SIGINT with a checkpoint and status 128 + the signal's number (so that what follows in a
+    script does not take the run for complete).
+    """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         return train(*parse(sys.argv[1:] if arguments is None else arguments))
-    except (RecipeError, LaunchError, ValueError) as error:
+    except (RecipeError, LaunchError, ValueError, SavingError, NonFiniteError) as error:
         if os.environ.get("HF_MASKED_TRACEBACK"):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(1 if isinstance(error, SavingError | NonFiniteError) else 2) from error
 
 
 def train(method: MethodArguments, data: DataArguments, args: PreTrainingArguments) -> PreTrainer:
-    """Pretrains, saves the model, its processor and the plain encoder, and returns the trainer."""
+    """Pretrains, saves the model, its processor and the plain encoder, and returns the trainer.
+
+    Where the same run has been completed before, it only loads what that one saved.
+    """
     use_all_cores()
+    follow_launcher()
     set_seed(args.seed)
     variant = get_variant(method.method)
     model = make_model(variant, method)
@@ -63,6 +80,11 @@ def train(method: MethodArguments, data: DataArguments, args: PreTrainingArgumen
         train_dataset=make_dataset(source, processor, args, data.streaming),
     )
     check_launch(trainer.accelerator)
+    if args.resume_from_checkpoint in ANEW and args.should_save:
+        set_aside(Path(args.output_dir))
+    if is_complete(trainer):
+        load_complete(trainer)
+        return trainer
     if not data.streaming:
         add_observers(trainer, source, data)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
@@ -146,9 +168,9 @@ def checkpoint_to_resume(args: PreTrainingArguments) -> str | None:
 
     `--resume_from_checkpoint no` starts anew.
     """
-    if args.resume_from_checkpoint in ("no", "false", "False"):
+    if args.resume_from_checkpoint in ANEW:
         return None
-    if args.resume_from_checkpoint not in (None, "true", "True", "auto"):
+    if args.resume_from_checkpoint not in GO_ON:
         return args.resume_from_checkpoint
     last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
     if last:
@@ -156,8 +178,42 @@ def checkpoint_to_resume(args: PreTrainingArguments) -> str | None:
     return last
 
 
+def set_aside(output: Path) -> None:
+    """Moves the checkpoints of an earlier run to `earlier-1`, ...: a new run would go on from them after a fault."""
+    (output / "run.json").unlink(missing_ok=True)
+    checkpoints = checkpoints_in(output)
+    if checkpoints:
+        folder = next(path for n in itertools.count(1) if not (path := output / f"earlier-{n}").exists())
+        folder.mkdir()
+        for checkpoint in checkpoints:
+            checkpoint.rename(folder / checkpoint.name)
+        print(f"The checkpoints of an earlier run are in {folder} now.")
+
+
+def is_complete(trainer: PreTrainer) -> bool:
+    """Whether an earlier run has made all the steps that are asked for and written everything; `run.json` is last."""
+    args = trainer.args
+    run = Path(args.output_dir) / "run.json"
+    if args.resume_from_checkpoint not in GO_ON or not run.is_file():
+        return False
+    *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    return json.loads(run.read_text())["steps"] >= max_steps
+
+
+def load_complete(trainer: PreTrainer) -> None:
+    """Gives the trainer the weights and the history of the complete run in its output folder."""
+    output = trainer.args.output_dir
+    load_weights(trainer.model, output)
+    trainer.state = TrainerState.load_from_json(os.path.join(output, "trainer_state.json"))
+    if trainer.is_world_process_zero():
+        print(
+            f"{output} is complete, with {trainer.state.global_step} steps; nothing was changed. Raise --max_steps or "
+            "--num_train_epochs to go on, or start anew with --resume_from_checkpoint no or another --output_dir."
+        )
+
+
 def finish(trainer: PreTrainer, method: MethodArguments, dataset_name: str) -> None:
-    """Writes the model, the plain encoder in `encoder/`, the loss curve and `run.json`."""
+    """Writes the model, the plain encoder in `encoder/`, the loss curve and, when all is there, `run.json`."""
     if trainer.is_fsdp_enabled:
         # Checkpoints may be sharded, what a run leaves is whole.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -170,7 +226,7 @@ def finish(trainer: PreTrainer, method: MethodArguments, dataset_name: str) -> N
     model = get_variant(method.method).pretraining.from_pretrained(output)
     export_encoder(model, trainer.processing_class, output / "encoder")
     loss_curve(trainer.state.log_history, output / "pictures" / "loss.png")
-    (output / "run.json").write_text(json.dumps(describe_run(trainer, method, dataset_name), indent=2) + "\n")
+    write_whole(output / "run.json", json.dumps(describe_run(trainer, method, dataset_name), indent=2) + "\n")
     print(
         f"Wrote {output} (model), {output / 'encoder'} (plain encoder), {output / 'pictures'} (pictures, loss curve)."
     )

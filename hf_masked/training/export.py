@@ -10,6 +10,7 @@ from hf_masked.modeling.base import VariantModel
 from hf_masked.modeling.parts.backbones import without_mask_token
 from hf_masked.modeling.parts.gray import fold_gray_to_rgb
 from hf_masked.processing.stock import save_stock_processor
+from hf_masked.training.saving import whole_files
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ def export_encoder(model: VariantModel, processor, output: str | Path, rgb: bool
 
     Raises:
         ValueError: if `rgb` is asked for and the encoder has more than one channel.
+        SavingError: if the files cannot be written; a model that stood there before is then as it was.
     """
     model.sync_backbone()
     # To the stock classes, a mask token in the checkpoint is an unexpected weight or one without a gradient.
@@ -42,6 +44,7 @@ def export_encoder(model: VariantModel, processor, output: str | Path, rgb: bool
             backbone.config.num_channels,
             " Export with rgb=True (--rgb) to use it in them." if backbone.config.num_channels == 1 else "",
         )
-    backbone.save_pretrained(output)
-    save_stock_processor(processor, output, image_mean=mean, image_std=std, do_convert_rgb=len(mean) == 3)
+    with whole_files(output) as folder:
+        backbone.save_pretrained(folder)
+        save_stock_processor(processor, folder, image_mean=mean, image_std=std, do_convert_rgb=len(mean) == 3)
     return Path(output)

@@ -4,11 +4,17 @@
 that do not know of each other, or plain data parallelism for FSDP.
 """
 
+import ctypes
 import os
+import signal
+import sys
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+
+# From linux/prctl.h.
+PR_SET_PDEATHSIG = 1
 
 
 class LaunchError(RuntimeError):
@@ -53,6 +59,15 @@ def use_all_cores() -> None:
     environment, arguments = launcher
     if "OMP_NUM_THREADS" not in environment and _parsed(arguments).num_cpu_threads_per_process is None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def follow_launcher() -> None:
+    """Lets SIGTERM come to this process when `accelerate launch` ends before it, on Linux.
+
+    It starts a single process and passes no signal on: ended alone, it would leave the training behind.
+    """
+    if sys.platform == "linux" and _accelerate_launcher() is not None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _processes_asked_of_accelerate() -> int:

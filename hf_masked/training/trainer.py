@@ -2,12 +2,17 @@
 
 The plain Trainer works too, because every model's `forward` returns its loss. This one adds the processor's second
 half on the device, parameter groups, the scaled learning rate, the named parts of the loss and the speed in the log,
-and loads checkpoints the way `from_pretrained` does.
+loads checkpoints the way `from_pretrained` does, and stands its ground when things go wrong: see `faults.py` and
+`saving.py`.
 """
 
+import json
 import logging
+import math
+import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,14 +29,16 @@ from hf_masked.data import (
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import EpochCallback, TrainingProgressCallback
 from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
+from hf_masked.training.faults import NonFiniteGuard, StopSignals, leave_signals_to_parent
 from hf_masked.training.optimization import multistep_schedule, parameter_groups, scaled_learning_rate
+from hf_masked.training.saving import WholeCheckpointsMixin
 from hf_masked.training.streams import Passes, ResumableStreamsMixin
 from hf_masked.training.throughput import STARVING, ThroughputMeter
 
 logger = logging.getLogger(__name__)
 
 
-class PreTrainer(FaithfulCheckpointsMixin, ResumableStreamsMixin, Trainer):
+class PreTrainer(FaithfulCheckpointsMixin, WholeCheckpointsMixin, ResumableStreamsMixin, Trainer):
     """Trains a `...ForPreTraining` model on raw pictures.
 
     Args:
@@ -39,6 +46,10 @@ class PreTrainer(FaithfulCheckpointsMixin, ResumableStreamsMixin, Trainer):
         args: `PreTrainingArguments`.
         processing_class: the image processor, whose `finish_training` makes the model's inputs on the device.
         train_dataset: of `hf_masked.data`; other data sets work as in the plain Trainer.
+
+    Raises:
+        NonFiniteError, SavingError: from `train`, see there.
+        SystemExit: from `train`, with 128 + the signal's number, after SIGTERM or SIGINT has ended it.
     """
 
     args: PreTrainingArguments
@@ -59,9 +70,32 @@ class PreTrainer(FaithfulCheckpointsMixin, ResumableStreamsMixin, Trainer):
             )
         self.throughput = ThroughputMeter(self.args.device, dtype, self.args.world_size)
         self.bad_images = BadImageLog(self.args.max_bad_share)
-        self._loss_parts: dict[str, torch.Tensor] = {}
-        self._loss_parts_steps = 0
-        self.add_callback(TrainingProgressCallback())
+        self._stepped = False
+        self._start_means()
+        self.guard, self.stop_signals = NonFiniteGuard(self), StopSignals()
+        for callback in (TrainingProgressCallback(), self.stop_signals, self.guard):  # the guard looks before a save
+            self.add_callback(callback)
+
+    def train(self, *args, **kwargs):
+        self._stepped = False
+        with self.stop_signals:
+            output = super().train(*args, **kwargs)
+        if number := self.stop_signals.received:
+            if self.is_world_process_zero():
+                print(
+                    f"{signal.Signals(number).name}: stopped after step {self.state.global_step} and saved "
+                    f"checkpoint-{self.state.global_step}; the same command goes on from there."
+                )
+            raise SystemExit(128 + number)
+        return output
+
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed from its last checkpoint, the Trainer would make one step too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            self._stepped = True
+            super()._run_epoch(*args, **kwargs)
 
     @property
     def effective_batch_size(self) -> int:
@@ -78,6 +112,7 @@ class PreTrainer(FaithfulCheckpointsMixin, ResumableStreamsMixin, Trainer):
             "pin_memory": args.dataloader_pin_memory,
             "persistent_workers": args.dataloader_persistent_workers,
             "prefetch_factor": args.dataloader_prefetch_factor,
+            "worker_init_fn": leave_signals_to_parent,
         }
         if isinstance(dataset, StreamingImageDataset):
             # It splits itself over the processes, so Accelerate must not. With a generator of its own the loader takes
@@ -133,6 +168,7 @@ class PreTrainer(FaithfulCheckpointsMixin, ResumableStreamsMixin, Trainer):
         if "pixels" not in inputs:
             return inputs
         self.bad_images.add(inputs)
+        self.guard.note(inputs["epoch"], inputs["indices"])
         return self.processing_class.finish_training(
             inputs["pixels"], inputs["indices"], self.args.seed, inputs["epoch"]
         )
@@ -144,17 +180,48 @@ class PreTrainer(FaithfulCheckpointsMixin, ResumableStreamsMixin, Trainer):
             self.throughput.samples += self.args.world_size * len(inputs[self.model.main_input_name])
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
-            self._add_loss_parts(outputs.get("losses") or {})
+            loss, finite = self.guard.watch(loss)
+            self._add_loss_parts(outputs.get("losses") or {}, finite)
         return (loss, outputs) if return_outputs else loss
 
-    def _add_loss_parts(self, parts: dict[str, torch.Tensor]) -> None:
+    def _add_loss_parts(self, parts: dict[str, torch.Tensor], finite: torch.Tensor) -> None:
         for name, value in parts.items():
-            self._loss_parts[name] = self._loss_parts.get(name, 0.0) + value.detach()
-        self._loss_parts_steps += 1
+            self._loss_parts[name] = self._loss_parts.get(name, 0.0) + torch.where(finite, value.detach(), 0.0)
+        self._finite_batches += finite
+        self._batches += 1
+
+    def training_step(self, *args, **kwargs):
+        # What is summed up for the log; the guard has kept the rest from the weights.
+        return super().training_step(*args, **kwargs).nan_to_num(0.0, 0.0, 0.0)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.judge(model, grad_norm)
+        return grad_norm
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Saves what each process keeps for itself: besides the generators' states, what it has counted."""
+        super()._save_rng_state(output_dir)
+        counts = {"bad_images": self.bad_images.state_dict(), "skipped_updates": self.guard.skipped}
+        self._counts_file(output_dir).write_text(json.dumps(counts))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._counts_file(checkpoint).is_file():
+            counts = json.loads(self._counts_file(checkpoint).read_text())
+            self.bad_images.load_state_dict(counts["bad_images"])
+            self.guard.skipped = counts["skipped_updates"]
+
+    def _counts_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"counts_{self.args.process_index}.json"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs and not self._stepped:
+            return
         if "loss" in logs:
-            logs = logs | self._mean_loss_parts() | self.throughput.report()
+            logs = self._mean_losses(logs) | self.throughput.report()
+            if self.guard.skipped:
+                logs["skipped_updates"] = self.guard.skipped
             if logs["data_wait_%"] > 100 * STARVING:
                 logger.warning(
                     "The device waits for data %.0f %% of the time: raise --dataloader_num_workers, store smaller "
@@ -163,11 +230,19 @@ class PreTrainer(FaithfulCheckpointsMixin, ResumableStreamsMixin, Trainer):
                 )
         super().log(logs, start_time)
 
-    def _mean_loss_parts(self) -> dict[str, float]:
-        """The parts of the loss, averaged over the steps since the last line and over the processes."""
-        means = {}
-        for name, value in self._loss_parts.items():
-            mean = self.accelerator.gather(value / self._loss_parts_steps).mean().item()
-            means[f"loss_{name}"] = round(mean, 5)
-        self._loss_parts, self._loss_parts_steps = {}, 0
-        return means
+    def _mean_losses(self, logs: dict[str, float]) -> dict[str, float]:
+        """The line of the log with the parts of the loss, averaged over the processes and over those batches since
+        the last line that had a finite loss; the loss likewise."""
+        sums = torch.stack([self._finite_batches, *self._loss_parts.values()]).float()
+        finite, *parts = self.accelerator.reduce(sums, "mean").tolist()
+        means = [round(part / finite, 5) if finite else math.nan for part in parts]
+        if finite < self._batches:
+            logs = logs | {"loss": logs["loss"] * self._batches / finite if finite else math.nan}
+        logs = logs | {f"loss_{name}": mean for name, mean in zip(self._loss_parts, means, strict=True)}
+        self._start_means()
+        return logs
+
+    def _start_means(self) -> None:
+        self._loss_parts: dict[str, torch.Tensor] = {}
+        self._batches = 0
+        self._finite_batches = torch.zeros((), device=self.args.device)
