@@ -8,6 +8,8 @@ from transformers import AutoImageProcessor
 from hf_masked.modeling.masked_image import *  # noqa: F403
 from hf_masked.modeling.masked_image import __all__ as _masked_image
 from hf_masked.modeling.registry import CATALOGUE, get_variant
+from hf_masked.modeling.siamese import *  # noqa: F403
+from hf_masked.modeling.siamese import __all__ as _siamese
 from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
 
@@ -19,4 +21,4 @@ for _variant in CATALOGUE.values():
         _processor = globals()[_variant.config.processor]
         AutoImageProcessor.register(_variant.config, image_processor_classes={"pil": _processor})
 
-__all__ = ["CATALOGUE", "MaskedImageProcessor", "MultiViewImageProcessor", "get_variant", *_masked_image]
+__all__ = ["CATALOGUE", "MaskedImageProcessor", "MultiViewImageProcessor", "get_variant", *_masked_image, *_siamese]

@@ -23,7 +23,7 @@ from hf_masked.data import (
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import EpochCallback, TrainingProgressCallback
 from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
-from hf_masked.training.optimization import parameter_groups, scaled_learning_rate
+from hf_masked.training.optimization import parameter_groups, scaled_learning_rate, spare_constant_rates
 from hf_masked.training.throughput import STARVING, ThroughputMeter
 
 logger = logging.getLogger(__name__)
@@ -51,9 +51,24 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
         self.throughput = ThroughputMeter(self.args.device, dtype, self.args.world_size)
         self.bad_images = BadImageLog(self.args.max_bad_share)
-        self._loss_parts: dict[str, torch.Tensor] = {}
-        self._loss_parts_steps = 0
+        self._figures: dict[str, torch.Tensor] = {}
+        self._figures_steps = 0
         self.add_callback(TrainingProgressCallback())
+        if getattr(self.model, "sync_batch_norm", False) and self.args.world_size > 1:
+            self._synchronise_batch_norm()
+
+    def _synchronise_batch_norm(self) -> None:
+        """Batch statistics over all processes, where torch can."""
+        if self.args.device.type == "cuda":
+            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        else:
+            logger.warning(
+                "%s needs batch statistics over all %d processes, which torch has on GPUs only: each process "
+                "normalises over its own %d samples, and the result differs from one process with the whole batch.",
+                type(self.model).__name__,
+                self.args.world_size,
+                self.args.train_batch_size,
+            )
 
     @property
     def effective_batch_size(self) -> int:
@@ -106,6 +121,11 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
             self.optimizer = optimizer_class(groups, **arguments)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = spare_constant_rates(super().create_scheduler(num_training_steps, optimizer))
+        return self.lr_scheduler
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         started = time.perf_counter()
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -129,17 +149,19 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
             self.throughput.samples += self.args.world_size * len(inputs[self.model.main_input_name])
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
-            self._add_loss_parts(outputs.get("losses") or {})
+            self._add_figures(outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _add_loss_parts(self, parts: dict[str, torch.Tensor]) -> None:
-        for name, value in parts.items():
-            self._loss_parts[name] = self._loss_parts.get(name, 0.0) + value.detach()
-        self._loss_parts_steps += 1
+    def _add_figures(self, outputs) -> None:
+        figures = {f"loss_{name}": value for name, value in (outputs.get("losses") or {}).items()}
+        figures |= {name: outputs[name] for name in getattr(self.model, "logged_outputs", ())}
+        for name, value in figures.items():
+            self._figures[name] = self._figures.get(name, 0.0) + value.detach()
+        self._figures_steps += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = logs | self._mean_loss_parts() | self.throughput.report()
+            logs = logs | self._mean_figures() | self.throughput.report()
             if logs["data_wait_%"] > 100 * STARVING:
                 logger.warning(
                     "The device waits for data %.0f %% of the time: raise --dataloader_num_workers, store smaller "
@@ -148,11 +170,11 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
                 )
         super().log(logs, start_time)
 
-    def _mean_loss_parts(self) -> dict[str, float]:
-        """The parts of the loss, averaged over the steps since the last line and over the processes."""
-        means = {}
-        for name, value in self._loss_parts.items():
-            mean = self.accelerator.gather(value / self._loss_parts_steps).mean().item()
-            means[f"loss_{name}"] = round(mean, 5)
-        self._loss_parts, self._loss_parts_steps = {}, 0
+    def _mean_figures(self) -> dict[str, float]:
+        """Parts of the loss and logged outputs, averaged over the steps since the last line and the processes."""
+        means = {
+            name: round(self.accelerator.gather(value / self._figures_steps).mean().item(), 5)
+            for name, value in self._figures.items()
+        }
+        self._figures, self._figures_steps = {}, 0
         return means
