@@ -8,15 +8,17 @@ from transformers import AutoImageProcessor
 from hf_masked.modeling.masked_image import *  # noqa: F403
 from hf_masked.modeling.masked_image import __all__ as _masked_image
 from hf_masked.modeling.registry import CATALOGUE, get_variant
-from hf_masked.processing import image_processing
+from hf_masked.modeling.siamese import *  # noqa: F403
+from hf_masked.modeling.siamese import __all__ as _siamese
 from hf_masked.processing.image_processing import MaskedImageProcessor
+from hf_masked.processing.multi_view import MultiViewImageProcessor
 
 __version__ = "0.1.0"
 
 for _variant in CATALOGUE.values():
     # Without torchvision AutoImageProcessor of transformers 5.17 is a stand-in that raises when it is touched.
     if _variant.config.modality == "image" and not getattr(AutoImageProcessor, "is_dummy", False):
-        _processor = getattr(image_processing, _variant.config.processor)
+        _processor = globals()[_variant.config.processor]
         AutoImageProcessor.register(_variant.config, image_processor_classes={"pil": _processor})
 
-__all__ = ["CATALOGUE", "MaskedImageProcessor", "get_variant", *_masked_image]
+__all__ = ["CATALOGUE", "MaskedImageProcessor", "MultiViewImageProcessor", "get_variant", *_masked_image, *_siamese]

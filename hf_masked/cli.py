@@ -203,7 +203,7 @@ def visualize(
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("visualization.png"),
     rows: Annotated[int, typer.Option(help="Pictures drawn at most.")] = 8,
 ) -> None:
-    """Draws what a method masks and what it predicts."""
+    """Draws what a method masks and what it predicts, or the views that it compares."""
     from transformers import AutoImageProcessor, AutoModelForPreTraining
 
     import hf_masked  # noqa: F401 (registers the methods)
@@ -222,7 +222,7 @@ def visualize(
             break
     if not pictures:
         raise ValueError(f"There is no readable picture in {', '.join(map(str, images))}.")
-    panels = model.pictures(processor.finish(processor.prepare(pictures))["pixel_values"])
+    panels = model.pictures(processor.picture_inputs(processor.prepare(pictures)))
     output.parent.mkdir(parents=True, exist_ok=True)
     picture_grid({name: processor.denormalize(panel) for name, panel in panels.items()}, rows).save(output)
     typer.echo(f"Wrote {output}.")

@@ -5,7 +5,7 @@ workers, processes and the order of the batches. A picture that cannot be used n
 place, and its name travels with the batch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -15,7 +15,6 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate,
 from hf_masked.data.bad_images import MIN_SEEN, Pictures, decode_picture, too_many_bad
 from hf_masked.data.sources import ImageSource, StreamingImageSource, check_channels
 from hf_masked.processing.decoding import BadImageError
-from hf_masked.processing.image_processing import CROP
 from hf_masked.randomness import sample_keys
 
 # Separates the order of an epoch from the draws of processors, whose purposes count from 0.
@@ -33,7 +32,7 @@ class ImageDataset(Dataset):
 
     Args:
         source: the pictures.
-        processor: its `prepare` makes pictures into uint8 of one size.
+        processor: its `prepare_training` and `prepare` make pictures into uint8 of one size.
         seed: the run's seed.
         training: random crops, instead of the central one.
         max_bad_share: more bad pictures than this share of the source end the run.
@@ -74,8 +73,10 @@ class ImageDataset(Dataset):
         epochs, asked = zip(*keys, strict=True)
         images, used = zip(*map(self._pictures.good_one, asked), strict=True)
         indices = torch.tensor(used)
-        crop_keys = _crop_keys(self.seed, epochs, indices) if self.training else None
-        pixels = self.processor.prepare(list(images), crop_keys)
+        if self.training:
+            pixels = self.processor.prepare_training(list(images), indices, self.seed, torch.tensor(epochs))
+        else:
+            pixels = self.processor.prepare(list(images))
         return _batch(pixels, indices, epochs, self._labels, self._pictures.faults(asked))
 
 
@@ -122,9 +123,11 @@ class ResidentImageDataset(Dataset):
         """See `ImageDataset.__getitems__`; `pixels` are on the device, the rest on the CPU."""
         epochs, asked = zip(*keys, strict=True)
         indices = self._used[torch.tensor(asked)]
-        crop_keys = _crop_keys(self.seed, epochs, indices) if self.training else None
         images = self._images[indices.to(self._images.device)].expand(-1, self.processor.num_channels, -1, -1)
-        pixels = self.processor.prepare_resident(images, crop_keys)
+        if self.training:
+            pixels = self.processor.prepare_training(images, indices, self.seed, torch.tensor(epochs))
+        else:
+            pixels = self.processor.prepare_resident(images)
         return _batch(pixels, indices, epochs, self._labels, self._pictures.faults(asked))
 
 
@@ -243,8 +246,11 @@ class StreamingImageDataset(IterableDataset):
     def _samples(self, epoch: int, decoded: list[tuple], bad: list[str]) -> list[dict]:
         """Samples of decoded pictures; the first one carries the names of the bad."""
         indices, images, labels = zip(*decoded, strict=True)
-        keys = sample_keys(self.seed, epoch, indices, purpose=CROP) if self.training else None
-        columns = {"pixels": self.processor.prepare(list(images), keys), "indices": indices}
+        if self.training:
+            pixels = self.processor.prepare_training(list(images), indices, self.seed, epoch)
+        else:
+            pixels = self.processor.prepare(list(images))
+        columns = {"pixels": pixels, "indices": indices}
         if labels[0] is not None:
             columns["labels"] = labels
         rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
@@ -287,15 +293,6 @@ def collate_images(batch: dict | list[dict]) -> dict:
     bad = [name for sample in batch for name in sample["bad"]]
     stacked = default_collate([{key: value for key, value in sample.items() if key != "bad"} for sample in batch])
     return {**stacked, "epoch": stacked["epoch"][0], "bad": bad}
-
-
-def _crop_keys(seed: int, epochs: Iterable[int], indices: torch.Tensor) -> torch.Tensor:
-    epochs = torch.tensor(epochs)
-    keys = torch.empty_like(indices)
-    for epoch in epochs.unique().tolist():
-        here = epochs == epoch
-        keys[here] = sample_keys(seed, epoch, indices[here], purpose=CROP)
-    return keys
 
 
 def _batch(pixels, indices, epochs, labels, bad) -> dict:

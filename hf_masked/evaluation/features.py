@@ -1,6 +1,5 @@
 """Frozen features of pictures, from any transformers encoder or any model of this package."""
 
-import inspect
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from hf_masked.modeling.parts.patches import pair
+from hf_masked.modeling.parts.pooling import POOLINGS, interpolation_argument, pool
 from hf_masked.processing.image_processing import IMAGENET_MEAN, IMAGENET_STD
 from hf_masked.processing.views import center_crop_boxes, crop_and_resize_batch
 from hf_masked.training.checkpoints import load_with_report
-
-POOLINGS = ("auto", "mean", "cls", "pooler")
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,7 @@ def extract_features(
         images: uint8 (n, channels, height, width); one channel is repeated for an encoder of three.
         mean, std: one number per channel, or one for all, for values in [0, 1].
         size: (height, width) to which the largest central box of that aspect is resized; by default as they are.
-        pooling: "mean" of the patch tokens (or of the map), without class, distillation and register tokens; "cls",
-            the first token; "pooler", the model's own `pooler_output`; "auto", what the architecture's classifiers
-            take where that is free of trained weights of the head (the pooler of convolutional nets), else "mean".
+        pooling: "mean", "cls", "pooler" or "auto", see `hf_masked.modeling.parts.pooling.pool`.
         batch_size: pictures per forward pass.
         device: where to run; the model is moved there. By default where it is.
 
@@ -166,43 +162,13 @@ def to_model_input(images: torch.Tensor, mean, std, size: tuple[int, int] | None
     return (images.float() / 255 - mean) / std
 
 
-def interpolation_argument(model: PreTrainedModel, size: tuple[int, int]) -> dict[str, bool]:
-    """The `forward` argument that ViTs need for pictures of another size than their config's, where they take it."""
-    takes_it = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    expected = getattr(model.config, "image_size", None)
-    return {"interpolate_pos_encoding": True} if takes_it and expected and pair(expected) != tuple(size) else {}
-
-
 def _features(encoder, images, mean, std, size, pooling):
     parameter = next(encoder.parameters())
     num_channels = getattr(encoder.config, "num_channels", images.shape[1])
     pixel_values = to_model_input(images.to(parameter.device), mean, std, size, num_channels)
     size = tuple(pixel_values.shape[-2:])
     outputs = encoder(pixel_values.to(parameter.dtype), **interpolation_argument(encoder, size))
-    return _pool(outputs, _num_prefix_tokens(encoder.config, size, outputs), pooling).float().cpu()
-
-
-def _num_prefix_tokens(config, size: tuple[int, int], outputs) -> int:
-    """Tokens before the patches. Encoders that merge patches (Swin, Hiera) have fewer tokens than patches and none."""
-    patch_size = getattr(config, "patch_size", None)
-    if outputs.last_hidden_state.ndim == 4 or patch_size is None:
-        return 0
-    rows, columns = (side // patch for side, patch in zip(size, pair(patch_size), strict=True))
-    return max(outputs.last_hidden_state.shape[1] - rows * columns, 0)
-
-
-def _pool(outputs, num_prefix_tokens: int, pooling: str) -> torch.Tensor:
-    hidden = outputs.last_hidden_state  # (batch, tokens, width), or a map (batch, width, rows, columns)
-    pooled = getattr(outputs, "pooler_output", None)
-    if pooling == "pooler" or (pooling == "auto" and hidden.ndim == 4 and pooled is not None):
-        if pooled is None:
-            raise ValueError("The encoder has no pooler, or its checkpoint held none: use pooling='mean'.")
-        return pooled.flatten(1)
-    if pooling == "cls":
-        if num_prefix_tokens == 0:
-            raise ValueError("The encoder has no class token: use pooling='mean'.")
-        return hidden[:, 0]
-    return hidden.mean(dim=(2, 3)) if hidden.ndim == 4 else hidden[:, num_prefix_tokens:].mean(dim=1)
+    return pool(outputs, encoder.config, size, pooling).float().cpu()
 
 
 def _load_settings(path: str, config) -> ImageSettings:

@@ -17,9 +17,10 @@ from transformers import (
     set_seed,
 )
 
-from hf_masked.evaluation.features import ImageSettings, evaluation_mode, interpolation_argument, load_encoder
+from hf_masked.evaluation.features import ImageSettings, evaluation_mode, load_encoder
 from hf_masked.modeling.parts.backbones import without_mask_token
 from hf_masked.modeling.parts.gray import fold_gray_to_rgb
+from hf_masked.modeling.parts.pooling import interpolation_argument
 from hf_masked.modeling.parts.relative_positions import TABLE, beit_for_finetuning
 from hf_masked.processing.image_processing import AUGMENT, CROP, MaskedImageProcessor
 from hf_masked.processing.stock import save_stock_processor

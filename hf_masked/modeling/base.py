@@ -49,7 +49,9 @@ class VariantConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        return self.backbone_config.hidden_size
+        """Width of the encoder's output."""
+        backbone = self.backbone_config
+        return backbone.hidden_size if hasattr(backbone, "hidden_size") else backbone.hidden_sizes[-1]
 
     @property
     def num_channels(self) -> int:
@@ -57,7 +59,8 @@ class VariantConfig(PreTrainedConfig):
 
     @property
     def image_size(self) -> int | list[int]:
-        return self.backbone_config.image_size
+        """Of the backbone's config; convolutional nets, which take any, need not have one."""
+        return getattr(self.backbone_config, "image_size", 224)
 
     @classmethod
     def of_backbone(cls, backbone_config: PreTrainedConfig, **arguments) -> "VariantConfig":
@@ -91,6 +94,12 @@ class VariantModel(PreTrainedModel):
     declined_checks: ClassVar[dict[str, str]] = {}
     # Trainable parameters that rightly get no gradient: {name: reason}.
     without_gradient: ClassVar[dict[str, str]] = {}
+    # Weight decay on norms and biases too.
+    decay_everything: ClassVar[bool] = False
+    # Several processes need batch statistics over all of them.
+    sync_batch_norm: ClassVar[bool] = False
+    # Scalar outputs that the log shows beside the loss and its parts.
+    logged_outputs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: VariantConfig):
         super().__init__(config)
@@ -145,7 +154,11 @@ class VariantModel(PreTrainedModel):
         return super().train(mode)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay beyond norms and biases, which never have it."""
+        """Names of parameters without weight decay beyond norms and biases."""
+        return set()
+
+    def constant_learning_rate(self) -> set[str]:
+        """Names of parameters, or globs, whose learning rate the schedule leaves alone."""
         return set()
 
     @classmethod

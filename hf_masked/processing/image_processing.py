@@ -7,6 +7,7 @@ the picture, no augmentation.
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -25,8 +26,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC = int(Image.Resampling.BICUBIC)
 
 
-class MaskedImageProcessor(BaseImageProcessor):
-    """Makes the inputs of masked image modelling.
+class PretrainingImageProcessor(BaseImageProcessor):
+    """What all processors here share: crop, flip, photometric changes, normalisation.
 
     Args:
         size: {"height", "width"} of `pixel_values` in pixels, or one number for a square.
@@ -40,15 +41,9 @@ class MaskedImageProcessor(BaseImageProcessor):
         resample: Pillow's number of the filter; 3 is bicubic. Arrays and tensors are always resized bicubically.
         image_mean, image_std: one number per channel, or one for all, for values in [0, 1]; by default ImageNet's for
             three channels and 0.5 for others.
-        mask_kind: a name in `hf_masked.processing.masks.MASKS`, or None for no mask.
-        mask_unit: side of a mask unit in pixels, or (height, width): the model's patch size, for most methods.
-        mask_ratio: share of masked units.
-        mask_options: further arguments of the mask function.
     """
 
-    model_input_names = ["pixel_values", "bool_masked_pos"]  # noqa: RUF012 (transformers' own declaration)
-    # Without a default on the class, transformers would leave None out when saving, and "random" would come back.
-    mask_kind: str | None = "random"
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' own declaration)
 
     def __init__(
         self,
@@ -62,10 +57,6 @@ class MaskedImageProcessor(BaseImageProcessor):
         resample: int = BICUBIC,
         image_mean: list[float] | float | None = None,
         image_std: list[float] | float | None = None,
-        mask_kind: str | None = "random",
-        mask_unit: int | tuple[int, int] = 16,
-        mask_ratio: float = 0.75,
-        mask_options: dict | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -83,6 +74,193 @@ class MaskedImageProcessor(BaseImageProcessor):
         self.resample = int(resample)
         self.image_mean = _per_channel("image_mean", image_mean, IMAGENET_MEAN, num_channels)
         self.image_std = _per_channel("image_std", image_std, IMAGENET_STD, num_channels)
+
+    def keys_for(
+        self, indices: torch.Tensor | Sequence[int], seed: int, epochs: int | torch.Tensor, purpose: int
+    ) -> torch.Tensor:
+        """int64 (batch,) keys of the samples `indices`, see `sample_keys`."""
+        return sample_keys(seed, epochs, indices, purpose=purpose)
+
+    def shrink(self, width: int, height: int) -> float:
+        """How many times smaller a picture may be decoded so that no crop, random or central, has to be enlarged."""
+        area = self.crop_scale[0] * min(self.crop_ratio[0], 1 / self.crop_ratio[1]) * width * height
+        smallest = min(area**0.5, self.crop_fraction * min(width, height))
+        return smallest / max(self._target_size)
+
+    def prepare(self, images: list, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """First half: pictures to equally sized uint8.
+
+        Args:
+            images: Pillow pictures, or uint8 arrays or tensors, (height, width), (height, width, channels) or
+                (channels, height, width).
+            keys: int64 (batch,) of `keys_for(..., CROP)` for random crops; None for the central crop.
+
+        Returns:
+            uint8 (batch, channels, height, width) on the CPU.
+        """
+        images = [to_channels(image, self.num_channels) for image in images]
+        sizes = [
+            (image.height, image.width) if isinstance(image, Image.Image) else image.shape[-2:] for image in images
+        ]
+        heights, widths = torch.tensor(sizes).unbind(dim=1)
+        boxes = self._boxes(heights, widths, keys)
+        return torch.stack([self._crop(image, box) for image, box in zip(images, boxes, strict=True)])
+
+    def prepare_resident(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """The first half for a batch that is on the device already.
+
+        Args:
+            images: uint8 (batch, channels, height, width).
+            keys: as for `prepare`.
+
+        Returns:
+            uint8 (batch, channels, height, width) on the images' device.
+        """
+        batch, _, height, width = images.shape
+        sizes = torch.tensor([height, width], device=images.device).expand(batch, 2)
+        boxes = self._boxes(sizes[:, 0], sizes[:, 1], None if keys is None else keys.to(images.device))
+        return views.crop_and_resize_batch(images, boxes, self._target_size)
+
+    def prepare_training(
+        self, images: list | torch.Tensor, indices: torch.Tensor, seed: int, epochs: int | torch.Tensor
+    ) -> torch.Tensor:
+        """The first half with random crops for the samples `indices`, int64 (batch,), in an epoch of a seeded run.
+
+        A list is treated as by `prepare`, a tensor as by `prepare_resident`.
+        """
+        prepare = self.prepare_resident if isinstance(images, torch.Tensor) else self.prepare
+        return prepare(images, self.keys_for(indices, seed, epochs, CROP))
+
+    def finish(self, pixels: torch.Tensor, augment_keys: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Second half: uint8 to the model's inputs, on the device of `pixels`.
+
+        Args:
+            pixels: uint8 (batch, channels, height, width), from `prepare`.
+            augment_keys: int64 (batch,) for flips and photometric changes; None for none.
+
+        Returns:
+            pixel_values: float32 (batch, channels, height, width), normalised.
+        """
+        if augment_keys is not None:
+            pixels = self._augment(pixels, augment_keys.to(pixels.device))
+        mean = 255 * torch.tensor(self.image_mean, device=pixels.device).view(-1, 1, 1)
+        std = 255 * torch.tensor(self.image_std, device=pixels.device).view(-1, 1, 1)
+        # One new tensor, because on a CPU the time goes into memory.
+        return {"pixel_values": (pixels - mean).div_(std)}
+
+    def finish_training(
+        self, pixels: torch.Tensor, indices: torch.Tensor, seed: int, epochs: int | torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """`finish` with everything drawn for the samples `indices`, int64 (batch,), in an epoch of a seeded run."""
+        return self.finish(pixels, **self._finish_keys(indices, seed, epochs, training=True))
+
+    def picture_inputs(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The `pixel_values` that a model's `pictures` draws, of uint8 pictures from `prepare` without keys."""
+        return self.finish(pixels)["pixel_values"]
+
+    def preprocess(
+        self,
+        images,
+        training: bool = False,
+        seed: int | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """Both halves.
+
+        Args:
+            images: one picture or a list of them, see `prepare`; file names and URLs are opened.
+            training: random crops and augmentation, instead of the central crop.
+            seed: makes everything that is drawn a function of this number and the picture's place in the list; by
+                default torch's generator picks it.
+            return_tensors: "pt", or "np".
+
+        Returns:
+            What `finish` returns.
+        """
+        if kwargs:
+            raise TypeError(f"{type(self).__name__} does not know {', '.join(sorted(kwargs))}: set it when making it.")
+        images = self._listed(images)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        indices = range(len(images))
+        pixels = self.prepare_training(images, indices, seed, 0) if training else self.prepare(images)
+        inputs = self.finish(pixels, **self._finish_keys(indices, seed, 0, training))
+        return BatchFeature(inputs, tensor_type=return_tensors)
+
+    def denormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalised values back to [0, 1]: float (..., channels, height, width)."""
+        mean = torch.tensor(self.image_mean, device=pixel_values.device).view(-1, 1, 1)
+        std = torch.tensor(self.image_std, device=pixel_values.device).view(-1, 1, 1)
+        return (pixel_values * std + mean).clamp(0, 1)
+
+    def _finish_keys(self, indices, seed: int, epochs, training: bool) -> dict[str, torch.Tensor]:
+        """The keys that `finish` takes; without training nothing is augmented."""
+        return {"augment_keys": self.keys_for(indices, seed, epochs, AUGMENT)} if training else {}
+
+    @property
+    def _target_size(self) -> tuple[int, int]:
+        return self.size["height"], self.size["width"]
+
+    def _boxes(self, heights, widths, keys):
+        if keys is not None:
+            return views.random_resized_crop_boxes(keyed_draw(keys), heights, widths, self.crop_scale, self.crop_ratio)
+        height, width = self._target_size
+        return views.center_crop_boxes(heights, widths, width / height, self.crop_fraction)
+
+    def _crop(self, image, box):
+        if isinstance(image, Image.Image):
+            return to_uint8_tensor(views.crop_and_resize(image, box.tolist(), self._target_size, self.resample))
+        return views.crop_and_resize_batch(image[None], box[None], self._target_size)[0]
+
+    def _augment(self, pixels, keys):
+        return self._flip_and_change(pixels, keys, self.photometric)
+
+    def _flip_and_change(self, pixels, keys, photometric: dict | None):
+        """Flipped pixels, uint8; with photometric changes float32, still from 0 to 255."""
+        draw = keyed_draw(keys)
+        flip = draw(1)[:, 0] < self.flip_probability
+        pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
+        return Photometric(**photometric)(pixels / 255, draw).mul_(255) if photometric else pixels
+
+    def _listed(self, images) -> list:
+        """One picture, a batch or a list, as a list."""
+        if isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", None) in (2, 3):
+            images = [images]
+        return [self._opened(image) for image in images]
+
+    def _opened(self, image):
+        if isinstance(image, str) and not os.path.isfile(image):
+            return self.fetch_images(image)  # a URL
+        if isinstance(image, str | os.PathLike | Image.Image):
+            return open_image(image, "a picture" if isinstance(image, Image.Image) else str(image))
+        return image
+
+
+class MaskedImageProcessor(PretrainingImageProcessor):
+    """Makes the inputs of masked image modelling.
+
+    Args:
+        mask_kind: a name in `hf_masked.processing.masks.MASKS`, or None for no mask.
+        mask_unit: side of a mask unit in pixels, or (height, width): the model's patch size, for most methods.
+        mask_ratio: share of masked units.
+        mask_options: further arguments of the mask function.
+        kwargs: of `PretrainingImageProcessor`.
+    """
+
+    model_input_names = ["pixel_values", "bool_masked_pos"]  # noqa: RUF012 (transformers' own declaration)
+    # Without a default on the class, transformers would leave None out when saving, and "random" would come back.
+    mask_kind: str | None = "random"
+
+    def __init__(
+        self,
+        size: dict[str, int] | int | tuple[int, int] = 224,
+        mask_kind: str | None = "random",
+        mask_unit: int | tuple[int, int] = 16,
+        mask_ratio: float = 0.75,
+        mask_options: dict | None = None,
+        **kwargs,
+    ):
+        super().__init__(size, **kwargs)
         self.mask_kind = mask_kind
         self.mask_unit = [mask_unit, mask_unit] if isinstance(mask_unit, int) else list(mask_unit)
         self.mask_ratio = mask_ratio
@@ -117,67 +295,20 @@ class MaskedImageProcessor(BaseImageProcessor):
         """(rows, columns) of mask units."""
         return self.size["height"] // self.mask_unit[0], self.size["width"] // self.mask_unit[1]
 
-    def shrink(self, width: int, height: int) -> float:
-        """How many times smaller a picture may be decoded so that no crop, random or central, has to be enlarged."""
-        area = self.crop_scale[0] * min(self.crop_ratio[0], 1 / self.crop_ratio[1]) * width * height
-        smallest = min(area**0.5, self.crop_fraction * min(width, height))
-        return smallest / max(self._target_size)
-
-    def prepare(self, images: list, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """First half: pictures to equally sized uint8.
-
-        Args:
-            images: Pillow pictures, or uint8 arrays or tensors, (height, width), (height, width, channels) or
-                (channels, height, width).
-            keys: int64 (batch,) of `sample_keys(..., purpose=CROP)` for random crops; None for the central crop.
-
-        Returns:
-            uint8 (batch, channels, height, width) on the CPU.
-        """
-        images = [to_channels(image, self.num_channels) for image in images]
-        sizes = [
-            (image.height, image.width) if isinstance(image, Image.Image) else image.shape[-2:] for image in images
-        ]
-        heights, widths = torch.tensor(sizes).unbind(dim=1)
-        boxes = self._boxes(heights, widths, keys)
-        return torch.stack([self._crop(image, box) for image, box in zip(images, boxes, strict=True)])
-
-    def prepare_resident(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """The first half for a batch that is on the device already.
-
-        Args:
-            images: uint8 (batch, channels, height, width).
-            keys: as for `prepare`.
-
-        Returns:
-            uint8 (batch, channels, height, width) on the images' device.
-        """
-        batch, _, height, width = images.shape
-        sizes = torch.tensor([height, width], device=images.device).expand(batch, 2)
-        boxes = self._boxes(sizes[:, 0], sizes[:, 1], None if keys is None else keys.to(images.device))
-        return views.crop_and_resize_batch(images, boxes, self._target_size)
-
     def finish(
         self, pixels: torch.Tensor, augment_keys: torch.Tensor | None = None, mask_keys: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Second half: uint8 to the model's inputs, on the device of `pixels`.
 
         Args:
-            pixels: uint8 (batch, channels, height, width), from `prepare`.
-            augment_keys: int64 (batch,) for flips and photometric changes; None for none.
+            pixels, augment_keys: see `PretrainingImageProcessor.finish`.
             mask_keys: int64 (batch,) for the masks; None for no mask.
 
         Returns:
             pixel_values: float32 (batch, channels, height, width), normalised.
             bool_masked_pos: bool (batch, units), True = masked, raster order, where a mask was asked for.
         """
-        values, white = pixels, 255
-        if augment_keys is not None:
-            values, white = self._augment(pixels, augment_keys.to(pixels.device))
-        mean = torch.tensor(self.image_mean, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(self.image_std, device=pixels.device).view(-1, 1, 1)
-        # One new tensor, because on a CPU the time goes into memory.
-        inputs = {"pixel_values": (values - white * mean).div_(white * std)}
+        inputs = super().finish(pixels, augment_keys)
         if mask_keys is not None and self.mask_kind is not None:
             draw = keyed_draw(mask_keys.to(pixels.device))
             inputs["bool_masked_pos"] = masks.make_mask(
@@ -185,85 +316,10 @@ class MaskedImageProcessor(BaseImageProcessor):
             )
         return inputs
 
-    def finish_training(
-        self, pixels: torch.Tensor, indices: torch.Tensor, seed: int, epochs: int | torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """`finish` with everything drawn for the samples `indices`, int64 (batch,), in an epoch of a seeded run."""
-        return self.finish(
-            pixels,
-            augment_keys=sample_keys(seed, epochs, indices, purpose=AUGMENT),
-            mask_keys=sample_keys(seed, epochs, indices, purpose=MASK),
-        )
-
-    def preprocess(
-        self,
-        images,
-        training: bool = False,
-        seed: int | None = None,
-        return_tensors: str | None = "pt",
-        **kwargs,
-    ) -> BatchFeature:
-        """Both halves.
-
-        Args:
-            images: one picture or a list of them, see `prepare`; file names and URLs are opened.
-            training: random crops and augmentation, instead of the central crop.
-            seed: makes everything that is drawn, masks included, a function of this number and the picture's place in
-                the list; by default torch's generator picks it.
-            return_tensors: "pt", or "np".
-
-        Returns:
-            `pixel_values`, float32 (batch, channels, height, width), and `bool_masked_pos`, bool (batch, units).
-        """
-        if kwargs:
-            raise TypeError(f"{type(self).__name__} does not know {', '.join(sorted(kwargs))}: set it when making it.")
-        images = self._listed(images)
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
-        keys = [sample_keys(seed, 0, range(len(images)), purpose=purpose) for purpose in (CROP, AUGMENT, MASK)]
-        pixels = self.prepare(images, keys[CROP] if training else None)
-        inputs = self.finish(pixels, keys[AUGMENT] if training else None, keys[MASK])
-        return BatchFeature(inputs, tensor_type=return_tensors)
-
-    def denormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Normalised values back to [0, 1]: float (..., channels, height, width)."""
-        mean = torch.tensor(self.image_mean, device=pixel_values.device).view(-1, 1, 1)
-        std = torch.tensor(self.image_std, device=pixel_values.device).view(-1, 1, 1)
-        return (pixel_values * std + mean).clamp(0, 1)
-
-    @property
-    def _target_size(self) -> tuple[int, int]:
-        return self.size["height"], self.size["width"]
-
-    def _boxes(self, heights, widths, keys):
-        if keys is not None:
-            return views.random_resized_crop_boxes(keyed_draw(keys), heights, widths, self.crop_scale, self.crop_ratio)
-        height, width = self._target_size
-        return views.center_crop_boxes(heights, widths, width / height, self.crop_fraction)
-
-    def _crop(self, image, box):
-        if isinstance(image, Image.Image):
-            return to_uint8_tensor(views.crop_and_resize(image, box.tolist(), self._target_size, self.resample))
-        return views.crop_and_resize_batch(image[None], box[None], self._target_size)[0]
-
-    def _augment(self, pixels, keys):
-        """Changed pixels and their value of white: uint8 and 255, or floats and 1."""
-        draw = keyed_draw(keys)
-        flip = draw(1)[:, 0] < self.flip_probability
-        pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
-        return (Photometric(**self.photometric)(pixels / 255, draw), 1) if self.photometric else (pixels, 255)
-
-    def _listed(self, images) -> list:
-        """One picture, a batch or a list, as a list."""
-        if isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", None) in (2, 3):
-            images = [images]
-        return [self._opened(image) for image in images]
-
-    def _opened(self, image):
-        if isinstance(image, str) and not os.path.isfile(image):
-            return self.fetch_images(image)  # a URL
-        if isinstance(image, str | os.PathLike | Image.Image):
-            return open_image(image, "a picture" if isinstance(image, Image.Image) else str(image))
-        return image
+    def _finish_keys(self, indices, seed, epochs, training):
+        # Masks are drawn without training too.
+        mask_keys = self.keys_for(indices, seed, epochs, MASK)
+        return super()._finish_keys(indices, seed, epochs, training) | {"mask_keys": mask_keys}
 
 
 def _size(size) -> dict[str, int]:
@@ -298,4 +354,4 @@ def _per_channel(name: str, values, imagenet: tuple[float, ...], num_channels: i
     return values
 
 
-__all__ = ["AUGMENT", "CROP", "MASK", "MaskedImageProcessor"]
+__all__ = ["AUGMENT", "CROP", "MASK", "MaskedImageProcessor", "PretrainingImageProcessor"]

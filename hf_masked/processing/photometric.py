@@ -10,12 +10,24 @@ import torch
 
 from hf_masked.randomness import Draw
 
+# MoCo v2's (Chen et al., arXiv 2003.04297; `main_moco.py --aug-plus`), which SimSiam takes as they are.
+MOCO_V2 = {
+    "jitter_probability": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.1,
+    "grayscale_probability": 0.2,
+    "blur_probability": 0.5,
+    "blur_sigma": (0.1, 2.0),
+}
+
 
 @dataclass(frozen=True)
 class Photometric:
     """Strengths and probabilities of the augmentations, applied in this order; the zeros switch each of them off.
 
-    Unlike torchvision's ColorJitter the four jitters always come in the order in which they stand here.
+    The four jitters come in a random order, each picture's its own, as in torchvision's ColorJitter.
 
     Args:
         jitter_probability: share of the pictures whose colours are jittered.
@@ -61,11 +73,10 @@ class Photometric:
             pixels: float (batch, channels, height, width) in [0, 1]; saturation, hue and gray act on three channels.
             draw: source of uniform numbers; how many are taken does not depend on the settings.
         """
-        choose_jitter, brightness, contrast, saturation, hue, choose_gray, choose_blur, sigma, choose_solarize = draw(
-            9
-        ).unbind(dim=1)
+        numbers = draw(13)
+        choose_jitter, choose_gray, choose_blur, sigma, choose_solarize = numbers[:, [0, 5, 6, 7, 8]].unbind(dim=1)
         if self.jitter_probability:
-            jittered = self._jitter(pixels, brightness, contrast, saturation, hue)
+            jittered = self._jitter(pixels, strengths=numbers[:, 1:5], order=numbers[:, 9:])
             pixels = _where(choose_jitter < self.jitter_probability, jittered, pixels)
         if self.grayscale_probability and pixels.shape[1] == 3:
             from kornia.color import rgb_to_grayscale
@@ -79,7 +90,8 @@ class Photometric:
             pixels = _where(choose_solarize < self.solarize_probability, solarized, pixels)
         return pixels
 
-    def _jitter(self, pixels, brightness, contrast, saturation, hue):
+    def _jitter(self, pixels, strengths, order):
+        """Brightness, contrast, saturation and hue, those that are on, from the smallest number in `order` up."""
         from kornia.enhance import (
             adjust_brightness_accumulative,
             adjust_contrast_with_mean_subtraction,
@@ -87,15 +99,24 @@ class Photometric:
             adjust_saturation_with_gray_subtraction,
         )
 
-        if self.brightness:
-            pixels = adjust_brightness_accumulative(pixels, _factor(brightness, self.brightness))
-        if self.contrast:
-            pixels = adjust_contrast_with_mean_subtraction(pixels, _factor(contrast, self.contrast))
-        if self.saturation and pixels.shape[1] == 3:
-            pixels = adjust_saturation_with_gray_subtraction(pixels, _factor(saturation, self.saturation))
-        # A rotation by nothing would not give back the same numbers.
-        if self.hue and pixels.shape[1] == 3:
-            pixels = adjust_hue(pixels, (2 * hue - 1) * self.hue * 2 * torch.pi)
+        brightness, contrast, saturation, hue = strengths.unbind(dim=1)
+        jitters = [
+            (self.brightness, adjust_brightness_accumulative, _factor(brightness, self.brightness)),
+            (self.contrast, adjust_contrast_with_mean_subtraction, _factor(contrast, self.contrast)),
+        ]
+        if pixels.shape[1] == 3:
+            jitters += [
+                (self.saturation, adjust_saturation_with_gray_subtraction, _factor(saturation, self.saturation)),
+                (self.hue, adjust_hue, (2 * hue - 1) * self.hue * 2 * torch.pi),
+            ]
+        active = [number for number, (strength, _, _) in enumerate(jitters) if strength]
+        turns = order[:, active].argsort(dim=1, stable=True)  # (batch, active): whose turn it is
+        for turn in turns.unbind(dim=1):
+            # Every jitter acts on the whole batch: picking rows would wait for the device.
+            before = pixels
+            for place, number in enumerate(active):
+                _, change, amount = jitters[number]
+                pixels = _where(turn == place, change(before, amount), pixels)
         return pixels
 
     def _blur(self, pixels, sigma):

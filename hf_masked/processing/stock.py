@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from hf_masked.processing.image_processing import MaskedImageProcessor
+from hf_masked.processing.image_processing import PretrainingImageProcessor
 
 
-def stock_settings(processor: MaskedImageProcessor) -> dict:
+def stock_settings(processor: PretrainingImageProcessor) -> dict:
     """Settings, as `preprocessor_config.json` has them, of a stock image processor.
 
     Square inputs resize the short side and crop the centre (`CLIPImageProcessor`, which every version of transformers
@@ -33,7 +33,7 @@ def stock_settings(processor: MaskedImageProcessor) -> dict:
     }
 
 
-def save_stock_processor(processor: MaskedImageProcessor, output: str | Path, **settings) -> None:
+def save_stock_processor(processor: PretrainingImageProcessor, output: str | Path, **settings) -> None:
     """Writes `preprocessor_config.json` into a folder; `settings` override `stock_settings(processor)`."""
     text = json.dumps(stock_settings(processor) | settings, indent=2, sort_keys=True)
     (Path(output) / "preprocessor_config.json").write_text(text + "\n")

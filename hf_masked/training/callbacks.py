@@ -153,8 +153,7 @@ class PictureCallback(EpochIntervalCallback):
         was_training = model.training
         model.eval()
         processor = self.trainer.processing_class
-        pixel_values = processor.finish(self.images.to(self.trainer.args.device))["pixel_values"]
-        panels = model.pictures(pixel_values)
+        panels = model.pictures(processor.picture_inputs(self.images.to(self.trainer.args.device)))
         model.train(was_training)
         if not self.trainer.is_world_process_zero():
             return

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 # A block of a transformers vision model, as its parameters' names show it: `layers.3.` (ViT, DeiT, BEiT),
 # `encoder.layer.3.` (DINOv2), or a stage's block: `encoder.layers.1.blocks.3.` (Swin), `encoder.stages.1.layers.3.`
@@ -51,13 +52,15 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups of the trainable parameters for an optimizer.
 
-    No weight decay on parameters of one dimension (norms, biases), nor on the names in `no_weight_decay` and in
-    `model.no_weight_decay()`, where that exists. Tokens and position tables have three dimensions and decay unless
-    they are named, as in the reference code of MAE (`util/lr_decay.py`).
+    No weight decay on parameters of one dimension (norms, biases) unless `model.decay_everything`, nor on the names in
+    `no_weight_decay` and in `model.no_weight_decay()`, where that exists. Tokens and position tables have three
+    dimensions and decay unless they are named, as in the reference code of MAE (`util/lr_decay.py`).
 
     With `layer_decay` d and L blocks, block j (from 0) has the learning rate times d^(L - j), what comes before the
     blocks times d^(L + 1), what comes after them times 1 (BEiT, arXiv 2106.08254; MAE, appendix A.1). Stages are
     flattened into one row of blocks; a stage's downsampling goes with the block beside it.
+
+    What `model.constant_learning_rate()` names has groups of its own, marked for `spare_constant_rates`.
 
     Args:
         model: any model; for `layer_decay`, one whose blocks bear the names of transformers' vision models.
@@ -67,7 +70,8 @@ def parameter_groups(
         no_weight_decay: names, ends of names after a dot, or globs.
 
     Returns:
-        A list of {"params", "weight_decay"} and, with `learning_rate`, "lr", in the order of the model's parameters.
+        A list of {"params", "weight_decay", "constant_lr"} and, with `learning_rate`, "lr", in the order of the
+        model's parameters.
 
     Raises:
         ValueError: for `layer_decay` without `learning_rate`, or on a model without recognisable blocks.
@@ -75,20 +79,51 @@ def parameter_groups(
     if layer_decay is not None and learning_rate is None:
         raise ValueError("layer_decay needs learning_rate: each group's rate is learning_rate times its scale.")
     exempt = {*no_weight_decay, *(model.no_weight_decay() if hasattr(model, "no_weight_decay") else ())}
+    constant = model.constant_learning_rate() if hasattr(model, "constant_learning_rate") else set()
+    decay_everything = getattr(model, "decay_everything", False)
     names = [name for name, _ in model.named_parameters()]
     scales = dict.fromkeys(names, 1.0) if layer_decay is None else layer_scales(names, layer_decay)
-    groups: dict[tuple[float, bool], dict] = {}
+    groups: dict[tuple[float, bool, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and not _named(name, exempt)
+        decays = (decay_everything or parameter.ndim > 1) and not _named(name, exempt)
+        is_constant = _named(name, constant)
         group = groups.setdefault(
-            (scales[name], decays), {"params": [], "weight_decay": weight_decay if decays else 0.0}
+            (scales[name], decays, is_constant),
+            {"params": [], "weight_decay": weight_decay if decays else 0.0, "constant_lr": is_constant},
         )
         if learning_rate is not None:
             group["lr"] = learning_rate * scales[name]
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def spare_constant_rates(scheduler: LRScheduler) -> LRScheduler:
+    """The same schedule, except that groups marked "constant_lr" keep their initial rate from the first step on.
+
+    Raises:
+        ValueError: for such groups under a schedule that is no function of the step.
+    """
+    optimizer = scheduler.optimizer
+    if not any(group.get("constant_lr") for group in optimizer.param_groups):
+        return scheduler
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot leave a group's learning rate constant: choose an lr_scheduler_type "
+            "such as cosine or linear, or switch the model's constant rates off."
+        )
+    return LambdaLR(
+        optimizer,
+        [
+            _always if group.get("constant_lr") else schedule
+            for group, schedule in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True)
+        ],
+    )
+
+
+def _always(step: int) -> float:
+    return 1.0
 
 
 def layer_scales(names: list[str], layer_decay: float) -> dict[str, float]:

@@ -30,7 +30,12 @@ from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import EpochCallback, TrainingProgressCallback
 from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
 from hf_masked.training.faults import NonFiniteGuard, StopSignals, leave_signals_to_parent
-from hf_masked.training.optimization import multistep_schedule, parameter_groups, scaled_learning_rate
+from hf_masked.training.optimization import (
+    multistep_schedule,
+    parameter_groups,
+    scaled_learning_rate,
+    spare_constant_rates,
+)
 from hf_masked.training.saving import WholeCheckpointsMixin
 from hf_masked.training.streams import Passes, ResumableStreamsMixin
 from hf_masked.training.throughput import STARVING, ThroughputMeter
@@ -75,6 +80,21 @@ class PreTrainer(FaithfulCheckpointsMixin, WholeCheckpointsMixin, ResumableStrea
         self.guard, self.stop_signals = NonFiniteGuard(self), StopSignals()
         for callback in (TrainingProgressCallback(), self.stop_signals, self.guard):  # the guard looks before a save
             self.add_callback(callback)
+        if getattr(self.model, "sync_batch_norm", False) and self.args.world_size > 1:
+            self._synchronise_batch_norm()
+
+    def _synchronise_batch_norm(self) -> None:
+        """Batch statistics over all processes, where torch can."""
+        if self.args.device.type == "cuda":
+            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        else:
+            logger.warning(
+                "%s needs batch statistics over all %d processes, which torch has on GPUs only: each process "
+                "normalises over its own %d samples, and the result differs from one process with the whole batch.",
+                type(self.model).__name__,
+                self.args.world_size,
+                self.args.train_batch_size,
+            )
 
     def train(self, *args, **kwargs):
         self._stepped = False
@@ -146,15 +166,20 @@ class PreTrainer(FaithfulCheckpointsMixin, WholeCheckpointsMixin, ResumableStrea
             self.optimizer = optimizer_class(groups, **arguments)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        if self.lr_scheduler is None and self.args.lr_milestones:
-            self.lr_scheduler = multistep_schedule(
-                self.optimizer if optimizer is None else optimizer,
-                self.args.get_warmup_steps(num_training_steps),
-                [round(share * num_training_steps) for share in sorted(self.args.lr_milestones)],
-            )
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = spare_constant_rates(self._schedule(num_training_steps, optimizer))
             self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+        return self.lr_scheduler
+
+    def _schedule(self, num_training_steps: int, optimizer):
+        if not self.args.lr_milestones:
+            return super().create_scheduler(num_training_steps, optimizer)
+        return multistep_schedule(
+            self.optimizer if optimizer is None else optimizer,
+            self.args.get_warmup_steps(num_training_steps),
+            [round(share * num_training_steps) for share in sorted(self.args.lr_milestones)],
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         started = time.perf_counter()
@@ -181,12 +206,14 @@ class PreTrainer(FaithfulCheckpointsMixin, WholeCheckpointsMixin, ResumableStrea
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             loss, finite = self.guard.watch(loss)
-            self._add_loss_parts(outputs.get("losses") or {}, finite)
+            self._add_figures(outputs, finite)
         return (loss, outputs) if return_outputs else loss
 
-    def _add_loss_parts(self, parts: dict[str, torch.Tensor], finite: torch.Tensor) -> None:
-        for name, value in parts.items():
-            self._loss_parts[name] = self._loss_parts.get(name, 0.0) + torch.where(finite, value.detach(), 0.0)
+    def _add_figures(self, outputs, finite: torch.Tensor) -> None:
+        figures = {f"loss_{name}": value for name, value in (outputs.get("losses") or {}).items()}
+        figures |= {name: outputs[name] for name in getattr(self.model, "logged_outputs", ())}
+        for name, value in figures.items():
+            self._figures[name] = self._figures.get(name, 0.0) + torch.where(finite, value.detach(), 0.0)
         self._finite_batches += finite
         self._batches += 1
 
@@ -219,7 +246,7 @@ class PreTrainer(FaithfulCheckpointsMixin, WholeCheckpointsMixin, ResumableStrea
         if "train_loss" in logs and not self._stepped:
             return
         if "loss" in logs:
-            logs = self._mean_losses(logs) | self.throughput.report()
+            logs = self._mean_figures(logs) | self.throughput.report()
             if self.guard.skipped:
                 logs["skipped_updates"] = self.guard.skipped
             if logs["data_wait_%"] > 100 * STARVING:
@@ -230,19 +257,19 @@ class PreTrainer(FaithfulCheckpointsMixin, WholeCheckpointsMixin, ResumableStrea
                 )
         super().log(logs, start_time)
 
-    def _mean_losses(self, logs: dict[str, float]) -> dict[str, float]:
-        """The line of the log with the parts of the loss, averaged over the processes and over those batches since
-        the last line that had a finite loss; the loss likewise."""
-        sums = torch.stack([self._finite_batches, *self._loss_parts.values()]).float()
-        finite, *parts = self.accelerator.reduce(sums, "mean").tolist()
-        means = [round(part / finite, 5) if finite else math.nan for part in parts]
+    def _mean_figures(self, logs: dict[str, float]) -> dict[str, float]:
+        """The line of the log with the parts of the loss and the logged outputs, averaged over the processes and over
+        those batches since the last line that had a finite loss; the loss likewise."""
+        sums = torch.stack([self._finite_batches, *self._figures.values()]).float()
+        finite, *figures = self.accelerator.reduce(sums, "mean").tolist()
+        means = [round(figure / finite, 5) if finite else math.nan for figure in figures]
         if finite < self._batches:
             logs = logs | {"loss": logs["loss"] * self._batches / finite if finite else math.nan}
-        logs = logs | {f"loss_{name}": mean for name, mean in zip(self._loss_parts, means, strict=True)}
+        logs = logs | dict(zip(self._figures, means, strict=True))
         self._start_means()
         return logs
 
     def _start_means(self) -> None:
-        self._loss_parts: dict[str, torch.Tensor] = {}
+        self._figures: dict[str, torch.Tensor] = {}
         self._batches = 0
         self._finite_batches = torch.zeros((), device=self.args.device)

@@ -35,8 +35,9 @@ def pictures(processor, count: int, seed: int = 0) -> torch.Tensor:
 
 def training_inputs(variant: Variant, config, batch: int = 4, seed: int = 0) -> dict:
     """Inputs as the trainer makes them: everything that is drawn is drawn by the processor."""
-    processor = processor_of(variant, config)
-    return processor.finish_training(pictures(processor, batch, seed), torch.arange(batch), seed, 0)
+    processor, indices = processor_of(variant, config), torch.arange(batch)
+    pixels = processor.prepare_training(pictures(processor, batch, seed), indices, seed, 0)
+    return processor.finish_training(pixels, indices, seed, 0)
 
 
 def variation(variant: Variant, **backbone_settings):

@@ -1,6 +1,7 @@
 """Every model trains as transformers' tools promise: Trainer, resume, two processes, export."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -103,8 +104,9 @@ def test_plain_trainer_works(variant, tmp_path):
         save_strategy="no",
     )
     trainer = Trainer(model=model, args=args, train_dataset=samples, eval_dataset=samples)
-    assert trainer.train().training_loss > 0
-    assert trainer.evaluate()["eval_loss"] > 0
+    # A loss that never was one would be 0; cosines may be negative.
+    for loss in (trainer.train().training_loss, trainer.evaluate()["eval_loss"]):
+        assert math.isfinite(loss) and loss != 0
 
 
 DISTRIBUTED = """
@@ -163,7 +165,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 found = {}
 for name, folder in json.load(open(sys.argv[1])).items():
-    encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False)
+    encoder = AutoModel.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder)
     torch.manual_seed(0)
     size = json.load(open(folder + "/inputs.json"))

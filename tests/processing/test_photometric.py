@@ -1,6 +1,7 @@
 """Photometric changes: Pillow's results for the same factors, within the set strengths, each sample for itself."""
 
 import colorsys
+import itertools
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hf_masked.randomness import given_draw, keyed_draw, sample_keys
 
 # Places of the numbers that `Photometric` draws.
 JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA, SOLARIZE = range(9)
+ORDER = slice(9, 13)
 ALL = {
     "jitter_probability": 0.8,
     "brightness": 0.4,
@@ -35,7 +37,7 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 
 def apply(settings: dict, pixels: torch.Tensor, **numbers: float) -> torch.Tensor:
     """Each number is 0, which every probability above 0 chooses, unless given by its place's name."""
-    drawn = torch.zeros(len(pixels), 9)
+    drawn = torch.zeros(len(pixels), 13)
     for name, number in numbers.items():
         drawn[:, globals()[name]] = number
     return Photometric(**settings)(pixels, given_draw(drawn))
@@ -58,6 +60,32 @@ def levels(pixels: torch.Tensor, image: Image.Image) -> float:
 def test_jitter_is_pillows_enhancement(name, enhancer, number):
     ours = apply({"jitter_probability": 1.0, name: 0.8}, pixels_of(picture()), **{name.upper(): number})
     assert levels(ours, enhancer(picture()).enhance(0.2 + 1.6 * number)) < 2
+
+
+def test_each_picture_is_jittered_in_its_own_order():
+    orders = list(itertools.permutations(range(4)))
+    pixels = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0)).expand(len(orders), -1, -1, -1)
+    strengths = {"BRIGHTNESS": 0.9, "CONTRAST": 0.8, "SATURATION": 0.1, "HUE": 0.9}
+    names = [name.lower() for name in strengths]
+    drawn = torch.zeros(len(orders), 13)
+    drawn[:, 1:5] = torch.tensor(list(strengths.values()))
+    drawn[:, ORDER] = torch.tensor(orders).argsort(dim=1) / 4  # the number at an operation is its turn
+    ours = Photometric(**ALL | {"jitter_probability": 1.0} | dict.fromkeys(list(ALL)[5:], 0.0))(
+        pixels, given_draw(drawn)
+    )
+    for order, found in zip(orders, ours, strict=True):
+        expected = pixels[:1]
+        for operation in order:
+            name = names[operation]
+            expected = apply({"jitter_probability": 1.0, name: ALL[name]}, expected, **strengths)
+        torch.testing.assert_close(found[None], expected, rtol=0, atol=1e-6)
+    assert len(torch.unique(ours, dim=0)) > 12, "most orders differ in their result"
+
+
+def test_orders_of_the_jitters_are_equally_frequent():
+    drawn = keyed_draw(sample_keys(0, 0, range(4800)))(13)
+    _, counts = drawn[:, ORDER].argsort(dim=1).unique(dim=0, return_counts=True)
+    assert len(counts) == 24 and (counts - 200).abs().max() < 5 * 200**0.5
 
 
 @pytest.mark.parametrize(("strength", "lowest"), [(0.4, 0.6), (1.5, 0.0)])

@@ -9,6 +9,7 @@ from transformers import (
     ResNetConfig,
     SwinConfig,
     ViTConfig,
+    get_scheduler,
 )
 
 from hf_masked.training.arguments import PreTrainingArguments
@@ -18,6 +19,7 @@ from hf_masked.training.optimization import (
     multistep_schedule,
     parameter_groups,
     scaled_learning_rate,
+    spare_constant_rates,
 )
 
 VIT = {
@@ -139,6 +141,56 @@ def test_declared_and_frozen_parameters():
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decays[id(model.vit.embeddings.position_embeddings)] == 0.0
     assert id(model.vit.embeddings.cls_token) not in decays
+
+
+def test_a_model_may_decay_everything_but_what_it_names():
+    model = classifier(ViTConfig(**VIT))
+    model.decay_everything = True
+    model.no_weight_decay = lambda: {"cls_token"}
+    decays = {id(p): group["weight_decay"] for group in parameter_groups(model, 0.05) for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decays[id(parameter)] == (0.0 if name.endswith("cls_token") else 0.05), name
+
+
+def constant_bias_schedule(scheduler_type: str, steps: int = 10, warmup: int = 2):
+    """Optimizer and schedule of a linear layer whose bias keeps its rate."""
+    model = torch.nn.Linear(2, 2)
+    model.constant_learning_rate = lambda: {"bias"}
+    optimizer = torch.optim.SGD(parameter_groups(model, 0.0, learning_rate=0.4))
+    scheduler = get_scheduler(scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    return optimizer, spare_constant_rates(scheduler)
+
+
+def test_constant_rates_stay_while_others_follow_the_schedule():
+    optimizer, scheduler = constant_bias_schedule("cosine")
+    rates = []
+    for _ in range(10):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    weight, bias = zip(*rates, strict=True)
+    assert set(bias) == {0.4}
+    assert weight[0] == 0.0 and weight[2] == pytest.approx(0.4) and weight[6] == pytest.approx(0.2)
+
+
+def test_constant_rates_survive_a_resume():
+    optimizer, scheduler = constant_bias_schedule("cosine")
+    for _ in range(6):
+        optimizer.step()
+        scheduler.step()
+    resumed_optimizer, resumed = constant_bias_schedule("cosine")
+    resumed_optimizer.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(scheduler.state_dict())
+    for stepped in (scheduler, resumed):
+        stepped.optimizer.step()
+        stepped.step()
+    assert resumed.get_last_lr() == scheduler.get_last_lr()
+    assert [group["lr"] for group in resumed_optimizer.param_groups] == resumed.get_last_lr()
+
+
+def test_a_schedule_that_cannot_spare_a_group_is_named():
+    with pytest.raises(ValueError, match="ReduceLROnPlateau cannot leave"):
+        constant_bias_schedule("reduce_lr_on_plateau", steps=None, warmup=None)
 
 
 def test_layer_decay_needs_a_rate_and_blocks():

@@ -73,7 +73,9 @@ def visible_indices(bool_masked_pos: torch.Tensor, num_masked: int | None = None
     return order[:, : bool_masked_pos.shape[1] - num_masked]
 
 
-def check_pixel_values(pixel_values: torch.Tensor, num_channels: int, patch_size: tuple[int, int]) -> tuple[int, int]:
+def check_pixel_values(
+    pixel_values: torch.Tensor, num_channels: int, patch_size: tuple[int, int] = (1, 1)
+) -> tuple[int, int]:
     """The grid of patches of a batch of pictures.
 
     Raises:

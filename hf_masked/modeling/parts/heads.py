@@ -1,0 +1,54 @@
+"""Heads of Siamese methods: the small networks between an encoder's vector and the pair loss."""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+class MLPHead(nn.Sequential):
+    """Linear layers with batch norm and ReLU between them.
+
+    A linear layer that batch norm follows has no bias of its own, except the last one, whose bias the reference
+    implementation of SimSiam keeps, frozen: see `redundant_bias`.
+
+    Args:
+        sizes: widths from the input to the output, at least two.
+        batch_norm: normalise the hidden layers.
+        last_norm: normalise the output: None, "plain" (without scale and shift) or "affine".
+    """
+
+    def __init__(self, sizes: list[int], batch_norm: bool = True, last_norm: str | None = None):
+        layers: list[nn.Module] = []
+        for before, after in pairwise(sizes[:-1]):
+            layers += [nn.Linear(before, after, bias=not batch_norm)]
+            layers += [nn.BatchNorm1d(after)] if batch_norm else []
+            layers += [nn.ReLU(inplace=True)]
+        layers += [nn.Linear(sizes[-2], sizes[-1])]
+        if last_norm is not None:
+            layers += [nn.BatchNorm1d(sizes[-1], affine=last_norm == "affine")]
+        super().__init__(*layers)
+
+    @property
+    def redundant_bias(self) -> nn.Parameter | None:
+        """The bias that the batch norm after it takes away again: never trained."""
+        return self[-2].bias if isinstance(self[-1], nn.BatchNorm1d) else None
+
+
+@torch.no_grad()
+def init_as_torch(module: nn.Module) -> None:
+    """torch's own initialisation of a linear layer or a batch norm, of what has not been loaded from a checkpoint."""
+    if isinstance(module, nn.Linear):
+        init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        if module.bias is not None:
+            bound = 1 / math.sqrt(module.in_features)
+            init.uniform_(module.bias, -bound, bound)
+    elif isinstance(module, nn.BatchNorm1d):
+        if module.affine:
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        init.zeros_(module.running_mean)
+        init.ones_(module.running_var)
+        init.zeros_(module.num_batches_tracked)
