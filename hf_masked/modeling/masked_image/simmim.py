@@ -43,7 +43,7 @@ class SimMIMConfig(VariantConfig):
     arxiv_id: ClassVar[str] = "2111.09886"
     reference_repository: ClassVar[str] = "https://github.com/microsoft/SimMIM"
     weights_licence: ClassVar[str] = "MIT"
-    masks: ClassVar[str] = "random large squares, as mask tokens in the encoder"
+    masks: ClassVar[str] = "random large squares, as mask tokens"
     predicts: ClassVar[str] = "pixels of the masked squares"
     backbones: ClassVar[tuple[str, ...]] = ("beit", "swin", "swinv2")
 
