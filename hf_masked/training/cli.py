@@ -1,14 +1,10 @@
 """The training program behind `train.py`."""
 
-import json
 import logging
 import os
-import platform
 import sys
 from pathlib import Path
 
-import torch
-import transformers
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -23,11 +19,11 @@ from hf_masked.data import (
 from hf_masked.modeling.registry import Variant, get_variant
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import OnlineProbeCallback, PictureCallback
-from hf_masked.training.export import export_encoder
+from hf_masked.training.cards import hub_id, used_settings
+from hf_masked.training.hub import HubError
 from hf_masked.training.launch import LaunchError, check_launch, use_all_cores
 from hf_masked.training.recipes import DataArguments, MethodArguments, RecipeError, parse
 from hf_masked.training.trainer import PreTrainer
-from hf_masked.training.visualization import loss_curve
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +32,11 @@ PICTURES = 8
 
 
 def main(arguments: list[str] | None = None) -> PreTrainer:
-    """Runs the program; a mistake of the user's ends it with one line and status 2."""
+    """Runs the program; a mistake of the user's, or a failure of the Hub, ends it with one line and status 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         return train(*parse(sys.argv[1:] if arguments is None else arguments))
-    except (RecipeError, LaunchError, ValueError) as error:
+    except (RecipeError, LaunchError, HubError, ValueError) as error:
         if os.environ.get("HF_MASKED_TRACEBACK"):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -61,12 +57,13 @@ def train(method: MethodArguments, data: DataArguments, args: PreTrainingArgumen
         args=args,
         processing_class=processor,
         train_dataset=make_dataset(source, processor, args, data.streaming),
+        facts=describe_source(method, data, args, source.name),
     )
     check_launch(trainer.accelerator)
     if not data.streaming:
         add_observers(trainer, source, data)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    finish(trainer, method, source.name)
+    finish(trainer)
     return trainer
 
 
@@ -156,40 +153,27 @@ def checkpoint_to_resume(args: PreTrainingArguments) -> str | None:
     return last
 
 
-def finish(trainer: PreTrainer, method: MethodArguments, dataset_name: str) -> None:
-    """Writes the model, the plain encoder in `encoder/`, the loss curve and `run.json`."""
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
-    output = Path(trainer.args.output_dir)
-    export_encoder(trainer.model, trainer.processing_class, output / "encoder")
-    loss_curve(trainer.state.log_history, output / "pictures" / "loss.png")
-    (output / "run.json").write_text(json.dumps(describe_run(trainer, method, dataset_name), indent=2) + "\n")
-    print(
-        f"Wrote {output} (model), {output / 'encoder'} (plain encoder), {output / 'pictures'} (pictures, loss curve)."
-    )
-
-
-def describe_run(trainer: PreTrainer, method: MethodArguments, dataset_name: str) -> dict:
-    """What was really run and measured, for the model card."""
-    last = {}
-    for line in trainer.state.log_history:
-        last |= line
+def describe_source(method: MethodArguments, data: DataArguments, args: PreTrainingArguments, name: str) -> dict:
+    """What the card says of the run beyond what the trainer knows."""
     return {
-        "method": method.method,
-        "dataset": dataset_name,
-        "samples": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
-        "batch_size": trainer.effective_batch_size,
-        "learning_rate": trainer.args.learning_rate,
-        "measured": last,
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
-        "processes": trainer.args.world_size,
-        "versions": {
-            "hf_masked": hf_masked.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "dataset": name,
+        "dataset_id": hub_id(data.dataset_name),
+        "test_split": data.test_split,
+        "from_backbone": method.from_backbone,
+        "recipe": used_settings(method, data, args),
     }
+
+
+def finish(trainer: PreTrainer) -> None:
+    """Writes everything that a run leaves, and pushes it where that was asked for."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.save_release()
+    if trainer.is_world_process_zero():
+        output = Path(trainer.args.output_dir)
+        pushed = f" Pushed to {trainer.hub_model_id}." if trainer.args.push_to_hub else ""
+        print(
+            f"Wrote {output} (model, README.md), {output / 'encoder'} (plain encoder), {output / 'pictures'} "
+            f"(pictures, loss curve).{pushed}"
+        )

@@ -23,13 +23,14 @@ from hf_masked.data import (
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import EpochCallback, TrainingProgressCallback
 from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
+from hf_masked.training.hub import HubMixin
 from hf_masked.training.optimization import parameter_groups, scaled_learning_rate
 from hf_masked.training.throughput import STARVING, ThroughputMeter
 
 logger = logging.getLogger(__name__)
 
 
-class PreTrainer(FaithfulCheckpointsMixin, Trainer):
+class PreTrainer(HubMixin, FaithfulCheckpointsMixin, Trainer):
     """Trains a `...ForPreTraining` model on raw pictures.
 
     Args:
@@ -37,6 +38,7 @@ class PreTrainer(FaithfulCheckpointsMixin, Trainer):
         args: `PreTrainingArguments`.
         processing_class: the image processor, whose `finish_training` makes the model's inputs on the device.
         train_dataset: of `hf_masked.data`; other data sets work as in the plain Trainer.
+        facts: what the card should say of the run beyond what the trainer knows, see `hub.HubMixin`.
     """
 
     args: PreTrainingArguments
