@@ -55,7 +55,11 @@ def open_repository(repo_id: str, token: str | None = None, private: bool | None
         # Where the token may not create repositories, `create_repo` is content with one that can be read.
         _api().auth_check(repo_id, token=token, write=True)
     except Exception as error:
-        raise HubError(f"{repo_id} cannot be written on the Hub ({_reason(error)}). {_remedy(error)}") from error
+        remedy = _remedy(error) or "Check name and connection, or train without --push_to_hub and push afterwards. "
+        raise HubError(
+            f"{repo_id} cannot be written on the Hub ({_reason(error)}). {remedy}A folder is pushed without training "
+            f"with `hf-masked push FOLDER {repo_id}`."
+        ) from error
     return repo_id
 
 
@@ -297,7 +301,9 @@ def _push(repo_id: str, what_is_left: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise HubError(f"The push to {repo_id} failed ({_reason(error)}). Nothing is lost: {what_is_left}") from error
+        raise HubError(
+            f"The push to {repo_id} failed ({_reason(error)}). {_remedy(error)}Nothing is lost: {what_is_left}"
+        ) from error
 
 
 def _warn_of_failure(job: Future) -> None:
@@ -309,21 +315,18 @@ def _warn_of_failure(job: Future) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What the client says, on one line that is not too long."""
+    """What the Hub or its client says, on one line that is not too long."""
+    if isinstance(error, HfHubHTTPError) and error.server_message:
+        return f"HTTP {error.response.status_code}: {error.server_message}"
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= 300 else f"{words[:300]} ..."
 
 
 def _remedy(error: Exception) -> str:
+    """What to do about a missing or too weak token; nothing for other errors."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401 or isinstance(error, LocalTokenNotFoundError):
-        return "Log in with a token that may write: `hf auth login`."
-    if status in (403, 404):
-        return (
-            "The token that is used may not write there: log in with one that may (`hf auth login`), or choose an "
-            "owner of yours in --hub_model_id."
-        )
-    return (
-        "Check the connection and --hub_model_id, or train without --push_to_hub and push afterwards with "
-        "`hf-masked push OUTPUT_DIR REPO_ID`."
-    )
+        return "Log in with a token that may write: `hf auth login`. "
+    if status == 403:
+        return "Log in with a token that may write there (`hf auth login`), or choose another owner. "
+    return ""
