@@ -101,6 +101,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {})
         if self.path == "/requests":
             return self.answer(200, self.server.requests)
+        if self.path == "/api/agent-harnesses":  # asked once per process, by clients that look whom they work for
+            return self.answer(404, {})
         failure = self.server.failure_of(f"{self.command} {self.path}")
         if failure == "error":
             return self.answer(500, {"error": "Internal Server Error"})

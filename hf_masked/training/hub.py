@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
@@ -291,7 +292,9 @@ class CheckpointPushCallback(TrainerCallback):
             self.trainer.push_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
+@cache
 def _api() -> HfApi:
+    """One client, whose pushes beside training follow each other."""
     return HfApi(library_name="hf_masked", library_version=hf_masked.__version__)
 
 

@@ -107,7 +107,7 @@ def pushes_that_fail() -> dict:
 
 def run_whose_push_fails() -> dict:
     output = FOLDER / "broken"
-    control(faulty=[5, 999])  # after the checks at the start
+    control(faulty=[3, 999])  # after the checks at the start
     found = outcome(main, [*SHORT, "--hub_model_id", "me/broken", "--output_dir", str(output)])
     control()
     AutoModelForPreTraining.from_pretrained(output)
