@@ -109,6 +109,8 @@ def push_model(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload with hf_masked",
+    commit_description: str | None = None,
+    create_pr: bool = False,
 ) -> CommitInfo:
     """`model.push_to_hub`: weights, config, processor, plain encoder, and a card where the repository has none yet.
 
@@ -117,6 +119,8 @@ def push_model(
             config.
         tags: added to the card's.
         max_shard_size: of one file of weights.
+        commit_description: below the message.
+        create_pr: open a pull request instead of committing to the branch.
         repo_id, token, private, revision, commit_message: see `push_folder`.
 
     Raises:
@@ -135,7 +139,14 @@ def push_model(
             card = ModelCard.load(write_card(folder, repo_id, licence_of(model.name_or_path)))
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(tags or [])]))
         card.save(Path(folder) / "README.md")
-        return _api().upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **where)
+        return _api().upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            create_pr=create_pr,
+            **where,
+        )
 
 
 def complete_folder(folder: str | Path, repo_id: str) -> None:
@@ -203,9 +214,11 @@ class HubMixin:
             loss_curve(self.state.log_history, output / "pictures" / "loss.png")
             self.create_model_card()
 
-    def create_model_card(self) -> None:
-        """Writes `run.json` and README.md."""
-        if self.is_world_process_zero():
+    def create_model_card(self, **kwargs) -> None:
+        """Writes `run.json` and README.md; for models of other packages the Trainer's card, with its arguments."""
+        if not isinstance(self.model, VariantModel):
+            super().create_model_card(**kwargs)
+        elif self.is_world_process_zero():
             output = Path(self.args.output_dir)
             (output / "run.json").write_text(json.dumps(describe_run(self, self.facts), indent=2) + "\n")
             write_card(output, self.hub_model_id or self.args.hub_model_id)
@@ -217,19 +230,25 @@ class HubMixin:
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        **kwargs,
     ) -> CommitInfo | Future | None:
         """`save_release`, then the upload, from one process.
 
         Args:
             blocking: wait for the upload; otherwise a `Future` is returned.
             commit_message, token, revision, private: see `push_folder`; by default those of the arguments.
+            kwargs: of the Trainer's own card, for models of other packages, which are pushed as the Trainer does it.
 
         Raises:
             HubError: whatever failed, with the command that pushes again.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
+        if not isinstance(self.model, VariantModel):
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+        if kwargs:
+            raise TypeError(f"The card is made from the run and takes no {', '.join(kwargs)}: edit README.md instead.")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_release()
         if not self.is_world_process_zero():
             return None

@@ -56,7 +56,7 @@ def pushed(tmp_path_factory):
         yield server, json.loads((folder / "seen.json").read_text())
 
 
-@pytest.mark.xdist_group("hub")
+@pytest.mark.xdist_group("hub catalogue")
 def test_variant_is_pushed_and_comes_back(variant, pushed):
     server, seen = pushed
     assert all(seen[variant.name].values()), seen[variant.name]
@@ -66,7 +66,7 @@ def test_variant_is_pushed_and_comes_back(variant, pushed):
     assert not any(path.endswith((".bin", ".pt", ".pth")) for path in files)
 
 
-@pytest.mark.xdist_group("hub")
+@pytest.mark.xdist_group("hub catalogue")
 def test_its_card_is_made_from_the_methods_page(variant, pushed):
     server, _ = pushed
     files = server.files(f"me/{variant.name}")

@@ -17,10 +17,12 @@ from unittest.mock import patch
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.utils import get_session
-from transformers import AutoImageProcessor, AutoModelForPreTraining
+from transformers import AutoImageProcessor, AutoModelForPreTraining, ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_masked.cli import main as hf_masked_main
+from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.cli import main
+from hf_masked.training.trainer import PreTrainer
 from tests.training.test_program import TINY
 
 FOLDER = Path(sys.argv[1])
@@ -171,6 +173,17 @@ def model_push() -> dict:
     }
 
 
+def trainer_of_another_packages_model() -> dict:
+    """A model that is not of the catalogue, pushed as the plain Trainer pushes it."""
+    config = ViTMAEConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=4,
+        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+    )  # fmt: skip
+    args = PreTrainingArguments(str(FOLDER / "stock"), report_to="none", hub_model_id="me/stock")
+    PreTrainer(model=ViTMAEForPreTraining(config), args=args).push_to_hub(tags=["stock"])
+    return {"files": files_of("me/stock")}
+
+
 if __name__ == "__main__":
     # The client waits between its attempts; the tests do not.
     with patch("huggingface_hub.utils._http.time.sleep"):
@@ -183,6 +196,7 @@ if __name__ == "__main__":
                 pushes_while_training,
                 without_rights,
                 model_push,
+                trainer_of_another_packages_model,
             )
         }
     (FOLDER / "seen.json").write_text(json.dumps(seen))

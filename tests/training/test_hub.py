@@ -15,6 +15,8 @@ from tests.hub_server import faults_of_card, hub_server
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.xdist_group("hub")
+
 PUBLISHED = {
     "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "run.json", "trainer_state.json",
     "encoder/config.json", "encoder/model.safetensors", "encoder/preprocessor_config.json", "pictures/loss.png",
@@ -63,7 +65,7 @@ def test_the_plain_encoder_loads_from_the_hub_without_hf_masked(hub):
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     found = json.loads(output.strip().splitlines()[-1])
-    assert found == {"encoder": "transformers.models.vit.modeling_vit", "size": {"height": 8, "width": 8}}
+    assert found == {"encoder": "transformers.models.vit.modeling_vit", "size": {"shortest_edge": 8}}
     ours = AutoModelForPreTraining.from_pretrained(folder / "run").backbone.state_dict()
     plain = torch.load(folder / "weights.pt")
     assert plain.keys() == ours.keys()
@@ -148,3 +150,10 @@ def test_a_model_pushes_itself(hub):
     assert "failed" in found["line"] and "push_to_hub again" in found["line"]
     # A card that is there already is not replaced by one that knows less.
     assert ModelCard(server.files("me/run")["README.md"].decode()).data.eval_results
+
+
+def test_models_of_other_packages_are_pushed_as_the_trainer_does_it(hub):
+    server, seen, _ = hub
+    files = seen["trainer_of_another_packages_model"]["files"]
+    assert {"README.md", "model.safetensors", "config.json"} <= set(files) and "encoder/config.json" not in files
+    assert "stock" in ModelCard(server.files("me/stock")["README.md"].decode()).data.tags
