@@ -1,4 +1,4 @@
-"""The command line: `hf-masked list`, `info`, `convert`, `export`, `evaluate`, `finetune`, `visualize`, `cache`."""
+"""The command line: `hf-masked list`, `info`, `convert`, `export`, `evaluate`, `finetune`, ..."""
 
 import inspect
 import json
@@ -85,12 +85,14 @@ def convert(
     """Official weights into this package's layout."""
     import hf_masked
     from hf_masked.modeling.conversion import convert as convert_file
+    from hf_masked.training.cards import licence_id, write_card
 
     variant = hf_masked.get_variant(method)
     model = convert_file(variant, file, variant.config.from_json_file(config) if config else None)
     model.save_pretrained(output)
     processor = getattr(hf_masked, variant.config.processor)(**model.config.processor_settings())
     processor.save_pretrained(output)
+    write_card(output, licence=licence_id(variant.config.weights_licence))
     typer.echo(f"Wrote {output}: {type(model).__name__}. The weights' licence: {variant.config.weights_licence}.")
 
 
@@ -133,6 +135,7 @@ def evaluate(
     """Judges an encoder, ours or any of transformers, on labelled pictures; writes JSON."""
     from hf_masked.evaluation.features import load_encoder
     from hf_masked.evaluation.report import evaluate_encoder, write_report
+    from hf_masked.training.cards import hub_id, write_card
 
     encoder, settings = load_encoder(checkpoint)
     train, test, name, _ = _labelled(
@@ -151,8 +154,18 @@ def evaluate(
     for measure, figures in results.items():
         typer.echo(f"{measure:<24}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     path = output or (Path(checkpoint) / "evaluation.json" if Path(checkpoint).is_dir() else Path("evaluation.json"))
-    write_report(path, results, checkpoint=checkpoint, dataset=name, seed=seed)
+    write_report(
+        path,
+        results,
+        checkpoint=checkpoint,
+        dataset=name,
+        dataset_id=hub_id(dataset_name),
+        test_split=test_split,
+        seed=seed,
+    )
     typer.echo(f"Wrote {path}.")
+    if (path.parent / "README.md").exists():
+        write_card(path.parent)
 
 
 @app.command()
@@ -258,6 +271,22 @@ def cache(
     typer.echo(f"Wrote {output}: train.py --dataset_name {output}")
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Output folder of a run, or of `convert` or `finetune`.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch that exists; by default main.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload with hf_masked",
+) -> None:
+    """Uploads a checkpoint with its encoder, pictures and card; also after a push that failed, without training."""
+    from hf_masked.training.hub import complete_folder, push_folder
+
+    complete_folder(folder, repo_id)
+    commit = push_folder(folder, repo_id, private=private or None, revision=revision, commit_message=message)
+    typer.echo(f"Pushed {folder}: {commit.commit_url}")
+
+
 def _labelled(dataset_name, settings, splits, image_column, label_column, limit, seed):
     """Training and test pictures with labels, the data set's name and its classes' names."""
     from hf_masked import MaskedImageProcessor
@@ -293,7 +322,7 @@ def _image_files(paths: list[Path]) -> list[Path]:
 
 
 def main() -> None:
-    """Entry point: a mistake of the user's ends with one line and status 2."""
+    """Entry point: a mistake of the user's, or a failure of the Hub, ends with one line and status 2."""
     try:
         app()
     except (ValueError, OSError) as error:

@@ -7,11 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel, AutoModelForPreTraining, ViTConfig, pipeline
 
 from hf_masked import CATALOGUE, MAEConfig, MAEForPreTraining, MAEModel, MaskedImageProcessor
 from hf_masked.cli import main
+from hf_masked.training.cards import write_card
 
 
 def run(monkeypatch, *arguments) -> None:
@@ -139,6 +141,7 @@ def test_official_files_convert(monkeypatch, tmp_path, wide_model, decoder):
     for name, value in converted.state_dict().items():
         assert torch.equal(value, wide_model.state_dict()[name]), name
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "cc-by-nc-4.0", "that of the weights"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +183,20 @@ def test_evaluate_writes_figures_with_their_origin(monkeypatch, checkpoint, caps
     assert report["results"]["knn"]["accuracy"] > 0.25 and report["results"]["linear_logistic"]["accuracy"] > 0.25
     assert "torch" in report["versions"] and "igits" in report["dataset"]
     assert "knn" in capsys.readouterr().out
+
+
+def test_evaluate_brings_its_figures_into_the_card(monkeypatch, checkpoint):
+    write_card(checkpoint)
+    run(monkeypatch, "evaluate", checkpoint, "--dataset-name", "digits", "--linear", "logistic", "--limit", 200)
+    report = json.loads((checkpoint / "evaluation.json").read_text())
+    results = {result.metric_name: result for result in ModelCard.load(checkpoint / "README.md").data.eval_results}
+    assert results["kNN accuracy"].metric_value == round(report["results"]["knn"]["accuracy"], 4)
+    assert results["linear probe accuracy (logistic head)"].dataset_split == "test"
+
+
+def test_what_is_no_checkpoint_is_not_pushed(monkeypatch, capsys, tmp_path):
+    line = refused(monkeypatch, capsys, "push", tmp_path, "me/nothing")
+    assert str(tmp_path) in line and "config.json" in line
 
 
 def test_evaluate_takes_any_transformers_encoder(monkeypatch, checkpoint, tmp_path):

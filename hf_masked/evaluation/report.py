@@ -124,8 +124,16 @@ def write_report(path: str | Path, results: dict, *, checkpoint: str, dataset: s
 
 def hardware() -> dict[str, str | int]:
     """Accelerator or processor, cores and threads."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor_name()
     return {"device": device, "cpu_count": os.cpu_count() or 0, "torch_threads": torch.get_num_threads()}
+
+
+def _processor_name() -> str:
+    """The CPU's model, which Python itself does not tell on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 def _frozen_features(encoder, settings, train_images, test_images, pooling) -> dict:

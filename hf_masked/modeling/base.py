@@ -198,3 +198,10 @@ class VariantModel(PreTrainedModel):
         if kwargs.get("state_dict") is None:
             self.sync_backbone()
         return super().save_pretrained(*args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """Uploads weights, config, processor, plain encoder and card; see `hf_masked.training.hub.push_model`."""
+        # The one place that looks up to `training`, and only when it is called: this method is where users look.
+        from hf_masked.training.hub import push_model
+
+        return push_model(self, repo_id, **kwargs)

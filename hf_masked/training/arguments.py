@@ -94,3 +94,7 @@ class PreTrainingArguments(TrainingArguments):
         for name in ("probe_every_epochs", "picture_every_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (never) or positive.")
+
+    def __getstate__(self) -> dict:
+        # The Trainer pickles its arguments beside every checkpoint, and checkpoints are pushed.
+        return self.__dict__ | {"hub_token": None}

@@ -4,12 +4,9 @@ import itertools
 import json
 import logging
 import os
-import platform
 import sys
 from pathlib import Path
 
-import torch
-import transformers
 from transformers import AutoImageProcessor, PreTrainedModel, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -24,14 +21,14 @@ from hf_masked.data import (
 from hf_masked.modeling.registry import Variant, get_variant
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import OnlineProbeCallback, PictureCallback
+from hf_masked.training.cards import hub_id, used_settings
 from hf_masked.training.checkpoints import load_weights
-from hf_masked.training.export import export_encoder
 from hf_masked.training.faults import NonFiniteError
+from hf_masked.training.hub import HubError
 from hf_masked.training.launch import LaunchError, check_launch, follow_launcher, use_all_cores
 from hf_masked.training.recipes import DataArguments, MethodArguments, RecipeError, parse
-from hf_masked.training.saving import SavingError, checkpoints_in, write_whole
+from hf_masked.training.saving import SavingError, checkpoints_in
 from hf_masked.training.trainer import PreTrainer
-from hf_masked.training.visualization import loss_curve
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +43,14 @@ PICTURES = 8
 def main(arguments: list[str] | None = None) -> PreTrainer:
     """Runs the program.
 
-    A mistake of the user's ends it with one line and status 2, a full disk or a loss that is not finite with one line
-    and status 1, SIGTERM and SIGINT with a checkpoint and status 128 + the signal's number (so that what follows in a
-    script does not take the run for complete).
+    A mistake of the user's or a failure of the Hub ends it with one line and status 2, a full disk or a loss that is
+    not finite with one line and status 1, SIGTERM and SIGINT with a checkpoint and status 128 + the signal's number
+    (so that what follows in a script does not take the run for complete).
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         return train(*parse(sys.argv[1:] if arguments is None else arguments))
-    except (RecipeError, LaunchError, ValueError, SavingError, NonFiniteError) as error:
+    except (RecipeError, LaunchError, HubError, ValueError, SavingError, NonFiniteError) as error:
         if os.environ.get("HF_MASKED_TRACEBACK"):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -78,17 +75,20 @@ def train(method: MethodArguments, data: DataArguments, args: PreTrainingArgumen
         args=args,
         processing_class=processor,
         train_dataset=make_dataset(source, processor, args, data.streaming),
+        facts=describe_source(method, data, args, source.name),
     )
     check_launch(trainer.accelerator)
     if args.resume_from_checkpoint in ANEW and args.should_save:
         set_aside(Path(args.output_dir))
     if is_complete(trainer):
         load_complete(trainer)
+        if args.push_to_hub:
+            finish(trainer)
         return trainer
     if not data.streaming:
         add_observers(trainer, source, data)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    finish(trainer, method, source.name)
+    finish(trainer)
     return trainer
 
 
@@ -207,50 +207,32 @@ def load_complete(trainer: PreTrainer) -> None:
     trainer.state = TrainerState.load_from_json(os.path.join(output, "trainer_state.json"))
     if trainer.is_world_process_zero():
         print(
-            f"{output} is complete, with {trainer.state.global_step} steps; nothing was changed. Raise --max_steps or "
+            f"{output} is complete, with {trainer.state.global_step} steps; nothing is trained. Raise --max_steps or "
             "--num_train_epochs to go on, or start anew with --resume_from_checkpoint no or another --output_dir."
         )
 
 
-def finish(trainer: PreTrainer, method: MethodArguments, dataset_name: str) -> None:
-    """Writes the model, the plain encoder in `encoder/`, the loss curve and, when all is there, `run.json`."""
-    if trainer.is_fsdp_enabled:
-        # Checkpoints may be sharded, what a run leaves is whole.
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
-    output = Path(trainer.args.output_dir)
-    # Read back from the file: the weights in memory may be shards.
-    model = get_variant(method.method).pretraining.from_pretrained(output)
-    export_encoder(model, trainer.processing_class, output / "encoder")
-    loss_curve(trainer.state.log_history, output / "pictures" / "loss.png")
-    write_whole(output / "run.json", json.dumps(describe_run(trainer, method, dataset_name), indent=2) + "\n")
-    print(
-        f"Wrote {output} (model), {output / 'encoder'} (plain encoder), {output / 'pictures'} (pictures, loss curve)."
-    )
-
-
-def describe_run(trainer: PreTrainer, method: MethodArguments, dataset_name: str) -> dict:
-    """What was really run and measured, for the model card."""
-    last = {}
-    for line in trainer.state.log_history:
-        last |= line
+def describe_source(method: MethodArguments, data: DataArguments, args: PreTrainingArguments, name: str) -> dict:
+    """What the card says of the run beyond what the trainer knows."""
     return {
-        "method": method.method,
-        "dataset": dataset_name,
-        "samples": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
-        "batch_size": trainer.effective_batch_size,
-        "learning_rate": trainer.args.learning_rate,
-        "measured": last,
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
-        "processes": trainer.args.world_size,
-        "versions": {
-            "hf_masked": hf_masked.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "dataset": name,
+        "dataset_id": hub_id(data.dataset_name),
+        "test_split": data.test_split,
+        "from_backbone": method.from_backbone,
+        "recipe": used_settings(method, data, args),
     }
+
+
+def finish(trainer: PreTrainer) -> None:
+    """Writes everything that a run leaves, and pushes it where that was asked for."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.save_release()
+    if trainer.is_world_process_zero():
+        output = Path(trainer.args.output_dir)
+        pushed = f" Pushed to {trainer.hub_model_id}." if trainer.args.push_to_hub else ""
+        print(
+            f"Wrote {output} (model, README.md), {output / 'encoder'} (plain encoder), {output / 'pictures'} "
+            f"(pictures, loss curve).{pushed}"
+        )

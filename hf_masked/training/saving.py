@@ -135,13 +135,6 @@ class WholeCheckpointsMixin:
         if self.args.should_save:
             self._delete_old_checkpoints(folder.parent)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The Trainer pushes before the checkpoint has its name.
-        if not self._checkpoint_in_progress:
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _name_best_checkpoint(self, unfinished: Path, folder: Path) -> None:
         """Where the one that is being written is the best, the state says so under the name that it will have."""

@@ -30,6 +30,7 @@ from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import EpochCallback, TrainingProgressCallback
 from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
 from hf_masked.training.faults import NonFiniteGuard, StopSignals, leave_signals_to_parent
+from hf_masked.training.hub import HubMixin
 from hf_masked.training.optimization import (
     multistep_schedule,
     parameter_groups,
@@ -43,7 +44,7 @@ from hf_masked.training.throughput import STARVING, ThroughputMeter
 logger = logging.getLogger(__name__)
 
 
-class PreTrainer(FaithfulCheckpointsMixin, WholeCheckpointsMixin, ResumableStreamsMixin, Trainer):
+class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, ResumableStreamsMixin, Trainer):
     """Trains a `...ForPreTraining` model on raw pictures.
 
     Args:
@@ -51,6 +52,7 @@ class PreTrainer(FaithfulCheckpointsMixin, WholeCheckpointsMixin, ResumableStrea
         args: `PreTrainingArguments`.
         processing_class: the image processor, whose `finish_training` makes the model's inputs on the device.
         train_dataset: of `hf_masked.data`; other data sets work as in the plain Trainer.
+        facts: what the card should say of the run beyond what the trainer knows, see `hub.HubMixin`.
 
     Raises:
         NonFiniteError, SavingError: from `train`, see there.

@@ -44,7 +44,7 @@ def test_a_run_leaves_everything_that_it_promises(tmp_path):
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert {
         "model.safetensors", "config.json", "preprocessor_config.json", "run.json", "trainer_state.json",
-        "encoder/model.safetensors", "encoder/config.json", "encoder/preprocessor_config.json",
+        "README.md", "encoder/model.safetensors", "encoder/config.json", "encoder/preprocessor_config.json",
         "pictures/step-000006.png", "pictures/loss.png",
     } <= names  # fmt: skip
     history = trainer.state.log_history
