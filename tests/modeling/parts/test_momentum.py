@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from hf_masked.training.callbacks import TrainingProgressCallback
 from tests.conformance import test_models, test_training
 from tests.conformance.cases import tiny_model, training_inputs
 from tests.conformance.test_training import trainer_of
-from tests.modeling.parts.tiny_twin import TINY_TWIN, TinyTwinForPreTraining, tiny_twin_config
+from tests.modeling.parts.tiny_twin import TINY_BATCH_NORM_TWIN, TINY_TWIN, TinyTwinForPreTraining
 
 
 class Online(nn.Module):
@@ -185,8 +184,7 @@ def test_compiles_and_sees_each_update():
 
 
 def test_batch_norm_statistics_are_resumed_too(tmp_path):
-    variant = SimpleNamespace(**vars(TINY_TWIN) | {"tiny_config": lambda: tiny_twin_config(batch_norm=True)})
-    test_training.test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(variant, tmp_path)
+    test_training.test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(TINY_BATCH_NORM_TWIN, tmp_path)
 
 
 class Recorder(TrainingProgressCallback):

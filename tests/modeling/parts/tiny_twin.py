@@ -30,6 +30,11 @@ class TinyTwinConfig(MAEConfig):
     base_momentum: float = 0.9
 
 
+class TinyBatchNormTwinConfig(TinyTwinConfig):
+    model_type = "hf_masked_tiny_batch_norm_twin"
+    batch_norm: bool = True
+
+
 class TinyTwinPreTrainedModel(MAEPreTrainedModel):
     config: TinyTwinConfig
 
@@ -69,11 +74,26 @@ class TinyTwinForPreTraining(TinyTwinPreTrainedModel):
         return PreTrainingOutput(loss=loss, losses=losses, last_hidden_state=tokens)
 
 
-def tiny_twin_config(**settings) -> TinyTwinConfig:
-    return TinyTwinConfig(backbone_config=tiny_config().backbone_config, **settings)
+class TinyBatchNormTwinForPreTraining(TinyTwinForPreTraining):
+    config: TinyBatchNormTwinConfig
+    declined_checks: ClassVar[dict[str, str]] = {"ddp": "batch norm sees the batch of one process"}
 
 
-# As `register_variant` would make it, but in no catalogue.
+def tiny_twin_config() -> TinyTwinConfig:
+    return TinyTwinConfig(backbone_config=tiny_config().backbone_config)
+
+
+def tiny_batch_norm_twin_config() -> TinyBatchNormTwinConfig:
+    return TinyBatchNormTwinConfig(backbone_config=tiny_config().backbone_config)
+
+
+# As `register_variant` would make them, but in no catalogue.
 TINY_TWIN = Variant(
     config=TinyTwinConfig, pretraining=TinyTwinForPreTraining, model=TinyTwinModel, tiny_config=tiny_twin_config
+)
+TINY_BATCH_NORM_TWIN = Variant(
+    config=TinyBatchNormTwinConfig,
+    pretraining=TinyBatchNormTwinForPreTraining,
+    model=TinyTwinModel,
+    tiny_config=tiny_batch_norm_twin_config,
 )
