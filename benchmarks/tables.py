@@ -63,6 +63,23 @@ def step_table(result: dict) -> str:
     )
 
 
+def feeding_table(result: dict) -> str:
+    lines = ["| | images/s of one core | x transformers | x Pillow + NumPy |", "|---|---|---|---|"]
+    for name, row in result["ways"].items():
+        lines.append(
+            f"| {name} | {row['images_per_second']:.0f} | {row['times_transformers']:.1f} | {row['times_plain']:.1f} |"
+        )
+    facts = result["environment"]
+    return "\n".join(lines) + (
+        f"\n\n500 x 375 JPEGs of {result['mean_kilobytes']:.0f} kB to float batches of 224 x 224, {facts['device']}, "
+        f"Pillow {facts['pillow']}, torch {facts['torch']}, transformers {facts['transformers']}; ratios are medians "
+        f"of {result['rounds']} rounds in turns, above 1 is faster (`python benchmarks/feeding.py`).\n"
+    )
+
+
+KINDS = {"learning": learning_table, "step": step_table, "feeding": feeding_table}
+
+
 def table(name: str) -> str:
     """The table of a result, with a final newline.
 
@@ -73,7 +90,7 @@ def table(name: str) -> str:
     if not path.exists():
         sys.exit(f"There is no {path}: run the benchmark that writes it.")
     result = json.loads(path.read_text())
-    return (learning_table if name.startswith("learning") else step_table)(result)
+    return KINDS[name.partition("_")[0]](result)
 
 
 def filled(page: str) -> str:

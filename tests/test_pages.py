@@ -1,5 +1,6 @@
 """README, cards and docs: their code runs, their tables are fresh, their links lead somewhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def test_code_blocks_run(block, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
 def test_tables_are_those_of_the_results(page):
     assert filled(page.read_text()) == page.read_text(), "run `python benchmarks/tables.py`"
+
+
+def test_feeding_is_as_fast_as_promised():
+    ways = json.loads((ROOT / "benchmarks" / "results" / "feeding_cpu.json").read_text())["ways"]
+    assert ways["ours"]["times_transformers"] >= 1.5
+    assert ways["ours, cached"]["times_plain"] >= 2.5
 
 
 @pytest.mark.parametrize("page", [*pages(), ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)

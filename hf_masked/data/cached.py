@@ -19,7 +19,7 @@ from hf_masked.data.bad_images import BadImageLog, decode_picture, too_many_bad
 from hf_masked.data.sources import CACHE_FILE, ImageSource
 from hf_masked.processing.decoding import BadImageError
 from hf_masked.processing.image_processing import BICUBIC
-from hf_masked.processing.views import crop_and_resize, crop_and_resize_batch
+from hf_masked.processing.views import crop_and_resize
 
 
 def write_cache(
@@ -137,17 +137,10 @@ class _Resized(Dataset):
             image = decode_picture(*self.source.picture(index), self.num_channels, self._shrink)
         except BadImageError as error:
             return str(error)
-        if isinstance(image, torch.Tensor):
-            box = torch.tensor([[0, 0, *image.shape[1:]]])
-            return crop_and_resize_batch(image[None], box, self._target(*image.shape[1:]))[0].permute(1, 2, 0)
-        height, width = self._target(image.height, image.width)
-        if (width, height) != image.size:
-            image = crop_and_resize(image, (0, 0, image.height, image.width), (height, width), BICUBIC)
-        return torch.from_numpy(np.array(image)).view(height, width, self.num_channels)
-
-    def _target(self, height: int, width: int) -> tuple[int, int]:
+        height, width = image.shape[1:] if isinstance(image, torch.Tensor) else (image.height, image.width)
         shrink = max(1.0, self._shrink(width, height))
-        return round(height / shrink), round(width / shrink)
+        target = round(height / shrink), round(width / shrink)
+        return crop_and_resize(image, (0, 0, height, width), target, BICUBIC).permute(1, 2, 0)
 
     def _shrink(self, width: int, height: int) -> float:
         return min(width, height) / self.size

@@ -70,7 +70,7 @@ class MultiViewImageProcessor(PretrainingImageProcessor):
 
     def _augment(self, pixels, keys):
         settings = self.photometric if isinstance(self.photometric, list) else [self.photometric] * self.num_views
-        views = zip(pixels.unbind(dim=1), keys.unbind(dim=1), settings, strict=True)
+        views = zip(pixels.unbind(dim=1), keys.to(pixels.device).unbind(dim=1), settings, strict=True)
         return torch.stack([self._flip_and_change(*view) for view in views], dim=1)
 
 

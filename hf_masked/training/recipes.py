@@ -53,14 +53,19 @@ class DataArguments:
     """What it is trained on."""
 
     dataset_name: str = field(
-        metadata={"help": "Hub id, folder of images, Parquet file, folder or URL, `fashion_mnist`, or `digits`."}
+        metadata={
+            "help": "Hub id, folder of images, Parquet or tar files, their folder or URL, a cache of "
+            "`hf-masked cache`, `fashion_mnist`, or `digits`."
+        }
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split to train on; its labels are not used."})
     test_split: str = field(default="test", metadata={"help": "Labelled split that the online probe is scored on."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the pictures, where it is unclear."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, where it is unclear."})
-    streaming: bool = field(default=False, metadata={"help": "Read the data set while training, without a copy."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data set while training, without a copy; needs --max_steps."}
+    )
     data_cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tables are kept."})
 
 

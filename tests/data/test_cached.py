@@ -59,7 +59,8 @@ def test_one_command_keeps_splits_labels_and_pictures(folder, tmp_path, monkeypa
             expected = Image.open(original.picture(place)[0])
             if expected.height > 32:
                 expected = expected.resize((48, 32), Image.Resampling.BICUBIC)
-            assert np.array_equal(np.asarray(source.picture(index)[0]), np.asarray(expected))
+            difference = np.asarray(source.picture(index)[0]).astype(int) - np.asarray(expected)
+            assert np.abs(difference).max() <= 1
     with pytest.raises(ValueError, match="no split 'validation'"):
         load_images(str(tmp_path / "cache"), "validation")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_masked.processing.decoding import open_image
 from hf_masked.processing.image_processing import AUGMENT, CROP, MASK, MaskedImageProcessor
 from hf_masked.randomness import sample_keys
 
@@ -274,3 +275,22 @@ def test_cut_file_is_refused_by_name(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(stream.getvalue()[:-500])
     with pytest.raises(ValueError, match=r"cut\.jpg.*truncated"):
         MaskedImageProcessor(**SMALL)(str(tmp_path / "cut.jpg"))
+
+
+def test_large_jpegs_are_decoded_no_larger_than_the_smallest_crop_needs():
+    ramp = np.add.outer(np.arange(1500), np.arange(2000)) * (255 / 3500)
+    buffer = io.BytesIO()
+    Image.fromarray(np.stack([ramp] * 3, axis=-1).astype(np.uint8)).save(buffer, "JPEG", quality=95)
+    processor = MaskedImageProcessor(size=64, crop_scale=(0.2, 1.0))
+    whole = open_image(buffer.getvalue(), "ramp")
+    small = open_image(buffer.getvalue(), "ramp", processor.shrink)
+    assert small.size == (250, 188)
+    keys = sample_keys(0, 0, range(64))
+    boxes = processor._boxes(torch.full((64,), 188), torch.full((64,), 250), keys)
+    assert boxes[:, 2:].min() >= 64
+    first, second = (processor.prepare([image] * 64, keys).int() for image in (whole, small))
+    # Sizes are rounded, so that here and there a crop just fits in one and not in the other, where the next is taken.
+    assert ((first - second).abs().amax(dim=(1, 2, 3)) <= 4).float().mean() > 0.9
+    for settings in ({"size": 1000}, {"size": 64, "crop_scale": (0.001, 1.0)}, {"size": 64, "crop_fraction": 0.04}):
+        shrink = MaskedImageProcessor(**settings, mask_kind=None).shrink
+        assert open_image(buffer.getvalue(), "ramp", shrink).width == 2000

@@ -115,10 +115,24 @@ def as_batch(array: np.ndarray, batch: int) -> torch.Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
-def as_pillow(array: np.ndarray, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    image = Image.fromarray(array)
-    crops = [np.array(crop_and_resize(image, tuple(box.tolist()), size, BICUBIC)) for box in boxes]
+def as_pillow(array: np.ndarray, boxes: torch.Tensor, size: tuple[int, int], resample: int = BICUBIC) -> torch.Tensor:
+    crops = []
+    for top, left, height, width in boxes.tolist():
+        crop = Image.fromarray(array).crop((left, top, left + width, top + height))
+        crops.append(np.array(crop.resize((size[1], size[0]), resample)))
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("resample", Image.Resampling)
+def test_worker_resize_is_pillows(resample):
+    array = noise(60, 90, low=90, high=166)
+    boxes = random_boxes(12, 60, 90, scale=(0.05, 1.0))
+    image, tensor = Image.fromarray(array), torch.from_numpy(array).permute(2, 0, 1)
+    expected = as_pillow(array, boxes, (32, 24), resample)
+    for kind in (image, tensor) if resample in (2, 3) else (image,):
+        ours = torch.stack([crop_and_resize(kind, box, (32, 24), resample) for box in boxes.tolist()])
+        assert ours.dtype == torch.uint8
+        assert (ours.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("source", [(28, 28), (40, 50), (120, 90), (17, 200)])
@@ -152,7 +166,7 @@ def test_box_of_the_targets_size_comes_back_untouched(channels):
 def test_pillow_crop_of_the_targets_size_comes_back_untouched():
     array = noise(20, 30)
     crop = crop_and_resize(Image.fromarray(array), (3, 7, 12, 16), (12, 16), BICUBIC)
-    assert np.array_equal(np.asarray(crop), array[3:15, 7:23])
+    assert np.array_equal(crop.permute(1, 2, 0), array[3:15, 7:23])
 
 
 def test_each_picture_gets_its_own_box():

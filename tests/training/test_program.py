@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, ViTConfig, ViTModel
 
-import hf_masked  # noqa: F401 (registers the methods)
+import hf_masked.cli
 from hf_masked.training.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -218,3 +218,20 @@ def test_a_launch_that_starts_one_process_for_two_is_stopped(tmp_path):
     assert run.returncode != 0
     line = next(line for line in run.stderr.splitlines() if line.startswith("train.py: "))
     assert "asked for 2 processes and started 1" in line and "cpu_2.yaml" in line
+
+
+def test_a_cache_made_by_one_command_is_trained_on_streamed_or_not(tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for value in range(40):
+        Image.linear_gradient("L").rotate(value * 9).resize((30, 20)).save(photos / f"{value:02}.png")
+    arguments = ["hf-masked", "cache", str(photos), str(tmp_path / "cache"), "--size", "16", "--num-channels", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        hf_masked.cli.main()
+    assert not stop.value.code
+    for streaming in ("false", "true"):
+        flags = ["--dataset_name", str(tmp_path / "cache"), "--streaming", streaming]
+        trainer = main([*TINY, *flags, "--output_dir", str(tmp_path / streaming)])
+        assert trainer.state.global_step == 6
+        assert trainer.train_dataset.processor.num_channels == 1
