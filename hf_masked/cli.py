@@ -38,7 +38,7 @@ def list_methods() -> None:
                 config.paper_year,
                 variant.family,
                 config.modality,
-                ", ".join(config.backbones),
+                ", ".join(config.backbones[:3]) + (" ..." if len(config.backbones) > 3 else ""),
                 config.masks,
                 config.predicts,
             )
