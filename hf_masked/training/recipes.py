@@ -20,7 +20,8 @@ HELP = (
     "Pretrains a method of the catalogue. `--config RECIPE.yaml` reads a recipe; flags override it, whatever their "
     "order. `--model.mask_ratio 0.6` sets an argument of the method's config, `--model.backbone_config.hidden_size "
     "192` one of its encoder's, `--processor.crop_scale '[0.5, 1]'` one of its image processor. All arguments of "
-    "transformers' TrainingArguments are flags too."
+    "transformers' TrainingArguments are flags too. The same command goes on where a run was interrupted; "
+    "`--resume_from_checkpoint no` starts anew."
 )
 
 # Blocks that are dictionaries of one argument, not groups of flat settings.
