@@ -29,9 +29,9 @@ class NonFiniteGuard(TrainerCallback):
     DDP's sum every process then judges alike. The update of such a step is skipped, and the buffers (statistics of
     batch norm, queues) are put back to what they were before its forward passes.
 
-    Fused optimizers skip on the device (`found_inf`, as for gradient scaling); for others the host reads the
-    judgement at each step, which costs nothing on CPU. With fp16 an overflow of the gradients is the scaler's
-    business, and only the loss is judged.
+    On accelerators fused optimizers skip by themselves (`found_inf`, as for gradient scaling), for others the host
+    reads the judgement at each step; on CPU that costs nothing. With fp16 an overflow of the gradients is the
+    scaler's business, and only the loss is judged.
 
     Args:
         trainer: whose settings, processes, optimizer and data set are used.
@@ -78,7 +78,7 @@ class NonFiniteGuard(TrainerCallback):
 
     def _skip_if(self, bad: torch.Tensor, model: nn.Module) -> None:
         optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and not _reading_is_free(bad):
             optimizer.found_inf = bad.to(torch.float32)
         elif bad.item():
             model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
@@ -144,6 +144,10 @@ class NonFiniteGuard(TrainerCallback):
             found |= {"epoch": int(batch["epoch"]), "indices": batch["indices"].tolist()}
             found |= {"names": [name(index) for index in found["indices"]]} if name else {}
         return found
+
+
+def _reading_is_free(value: torch.Tensor) -> bool:
+    return value.device.type == "cpu"
 
 
 class StopSignals(TrainerCallback):

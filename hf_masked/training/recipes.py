@@ -21,7 +21,8 @@ HELP = (
     "order. `--model.mask_ratio 0.6` sets an argument of the method's config, `--model.backbone_config.hidden_size "
     "192` one of its encoder's, `--processor.crop_scale '[0.5, 1]'` one of its image processor. All arguments of "
     "transformers' TrainingArguments are flags too; `--push_to_hub --hub_model_id OWNER/NAME` uploads what is written "
-    "(after a failure: `hf-masked push`)."
+    "(after a failure: `hf-masked push`). The same command goes on where a run was interrupted; "
+    "`--resume_from_checkpoint no` starts anew."
 )
 
 # Blocks that are dictionaries of one argument, not groups of flat settings.

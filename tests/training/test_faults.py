@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -318,3 +319,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_samples(program, tmp_p
     assert all(torch.isfinite(value).all() for value in load_file(output / "model.safetensors").values())
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert history[0]["skipped_updates"] == 1 and 0 < history[0]["loss"] < 10
+
+
+@pytest.mark.slow
+def test_the_end_of_the_launcher_is_noticed(tmp_path):
+    """`accelerate launch` of one process passes no signal on; its training must not run on alone."""
+    output = tmp_path / "run"
+    words = [*FLAGS, "--max_steps", "100000", "--save_strategy", "no", "--output_dir", str(output)]
+    settings = [f"--model.{name}={json.dumps(value)}" for name, value in RUNS["vit"][1].items()]
+    with open(tmp_path / "log", "w+") as log:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "train.py", "--method", "mae",
+             *settings, *words],
+            cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        wait_for(lambda: "'loss'" in (tmp_path / "log").read_text())
+        launcher.terminate()
+        launcher.wait()
+        wait_for(lambda: "SIGTERM: stopped after step" in (tmp_path / "log").read_text())
+    assert len(checkpoints_in(output)) == 1
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.1)

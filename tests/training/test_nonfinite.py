@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import SequentialSampler, default_collate
 from transformers import TrainerCallback
 
+from hf_masked.training import faults
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.faults import NonFiniteError
 from hf_masked.training.optimization import LARS
@@ -98,8 +99,15 @@ OPTIMIZERS = {
 }
 
 
+@pytest.fixture
+def like_an_accelerator(monkeypatch):
+    """The guard takes the tensors for a device's."""
+    monkeypatch.setattr(faults, "_reading_is_free", lambda value: False)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.usefixtures("like_an_accelerator")
 def test_a_bad_step_leaves_no_trace(optimizer, fault, tmp_path):
     settings = {"optim": optimizer} if OPTIMIZERS[optimizer] is None else {}
     bad, seen = trainer_of(samples(at=9, **FAULTS[fault]), tmp_path, OPTIMIZERS[optimizer], **settings)
@@ -127,6 +135,14 @@ def test_without_a_fault_the_guard_changes_no_bit(tmp_path, monkeypatch):
         assert torch.equal(value, seen.states[-1][name]), name
     assert guarded.guard.skipped == 0 and not (tmp_path / "nonfinite.json").exists()
     assert "skipped_updates" not in guarded.state.log_history[0]
+
+
+def test_on_cpu_the_step_is_skipped_as_well(tmp_path):
+    bad, seen = trainer_of(samples(at=9, poison=NAN), tmp_path)
+    bad.train()
+    assert not hasattr(bad.optimizer.optimizer, "found_inf")
+    for name, value in seen.states[2].items():
+        assert torch.equal(value, seen.states[1][name]), name
 
 
 def test_one_bad_batch_of_several_spoils_the_update(tmp_path):
@@ -184,6 +200,7 @@ class NoReading(TorchDispatchMode):
         return function(*arguments, **(settings or {}))
 
 
+@pytest.mark.usefixtures("like_an_accelerator")
 def test_the_host_does_not_wait_for_the_device(tmp_path):
     trainer, _ = trainer_of(samples(at=9, poison=NAN), tmp_path)
     trainer.train()  # makes the optimizer
