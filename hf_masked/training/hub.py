@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Other checkpoints, unfinished things, and pickles: optimizers, random states, the Trainer's arguments.
 NOT_PUBLISHED = [f"*{PREFIX_CHECKPOINT_DIR}-*", f"*{UNFINISHED}*", "_*", "*.pt", "*.pth", "*.bin", "*.distcp"]
+# What each process of a run keeps in a checkpoint.
+NOT_PUBLISHED += ["counts_*.json", "stream_*.json"]
 
 
 class HubError(OSError):
