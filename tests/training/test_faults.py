@@ -154,7 +154,7 @@ def events_of(program, run: str, output: Path) -> int:
     return int(count.read_text())
 
 
-@pytest.mark.parametrize("share", [0.04, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.04, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_kills_at_each_touch_of_a_file_change_nothing(share, program, uninterrupted, tmp_path):
     """In the middle of the weights, between two files, before and after a renaming, while deleting, exporting."""
     reference, _ = uninterrupted("vit")
