@@ -13,66 +13,20 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import ClassVar
 
 import datasets  # noqa: F401 (imported before forking)
+import kornia  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import safetensors.torch
 import torch
 import transformers.modeling_utils
-from torch import nn
 
 import hf_masked  # noqa: F401
 from hf_masked.data import load_images
-from hf_masked.modeling.base import VariantConfig, VariantModel
-from hf_masked.modeling.outputs import PreTrainingOutput
-from hf_masked.modeling.registry import register_variant
 from hf_masked.training.cli import main
 from hf_masked.training.trainer import PreTrainer
 
 TIMEOUT = 240
-
-
-class ToyConfig(VariantConfig):
-    """Any backbone, a linear layer, and the picture's mean colour as the target: stands for methods to come."""
-
-    model_type = "hf_masked_toy"
-    paper_title: ClassVar[str] = "none"
-    paper_year: ClassVar[int] = 2026
-    arxiv_id: ClassVar[str] = "none"
-    masks: ClassVar[str] = "nothing"
-    predicts: ClassVar[str] = "the mean colour"
-    backbones: ClassVar[tuple[str, ...]] = ("vit", "swin", "resnet")
-
-    @property
-    def image_size(self):
-        return 8
-
-    @property
-    def hidden_size(self):
-        config = self.backbone_config
-        return config.hidden_sizes[-1] if config.model_type == "resnet" else config.hidden_size
-
-    def processor_settings(self):
-        return super().processor_settings() | {"mask_unit": 2}
-
-
-class ToyForPreTraining(VariantModel):
-    config_class = ToyConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.head = nn.Linear(config.hidden_size, config.num_channels)
-        self.post_init()
-
-    def forward(self, pixel_values, bool_masked_pos=None, return_loss=True):
-        features = self.backbone(pixel_values).last_hidden_state
-        features = features.flatten(2).mean(-1) if features.ndim == 4 else features.mean(1)
-        loss = (self.head(features) - pixel_values.mean((2, 3))).square().mean()
-        return PreTrainingOutput(loss=loss, losses={"colour": loss})
-
-
-register_variant(config=ToyConfig, pretraining=ToyForPreTraining, model=ToyForPreTraining, tiny_config=ToyConfig)
 
 
 def killed_at(event: int, folder: str, count_file: str | None = None) -> None:
