@@ -132,14 +132,14 @@ def _bicubic_matrices(start: torch.Tensor, length: torch.Tensor, source: int, ta
     # The kernel spans two (widened) pixels each way and is cut at the edges of the box.
     position = torch.arange(source, device=start.device) + 0.5
     inside = (position > start[:, None]) & (position < (start + length)[:, None])  # (batch, source)
-    distance = ((position - centre[..., None]) / widening[..., None]).abs()  # (batch, target, source)
-    weights = torch.where(
-        distance < 1,
-        (1.5 * distance - 2.5) * distance * distance + 1,
-        torch.where(distance < 2, ((-0.5 * distance + 2.5) * distance - 4) * distance + 2, 0.0),
-    )
-    weights = weights * inside[:, None]
-    return weights / weights.sum(dim=-1, keepdim=True)
+    distance = (position - centre[..., None]).abs_().div_(widening[..., None])  # (batch, target, source)
+    # Pillow's two cubic pieces (a = -0.5), on [0, 1) and [1, 2), in powers of what is left to their ends: half as many
+    # passes over the memory as choosing between them.
+    outer = (2 - distance).clamp_(min=0)
+    inner = (outer - 1).clamp_(min=0)
+    weights = outer.square().mul_(outer - 1).mul_(0.5).add_(inner.square().mul_(1 - 2 * inner))
+    weights.mul_(inside[:, None])
+    return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 
 def _between(numbers: torch.Tensor, low: float, high: float) -> torch.Tensor:
