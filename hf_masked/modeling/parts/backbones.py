@@ -146,7 +146,7 @@ def encode_visible(
     """
     hidden_states = _embed_visible(backbone, pixel_values, visible)
     for layer in _layers(backbone):
-        hidden_states = layer(hidden_states, None, **kwargs)
+        hidden_states = layer(hidden_states, **kwargs)
     return backbone.layernorm(hidden_states)
 
 
