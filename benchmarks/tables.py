@@ -35,7 +35,7 @@ def learning_table(result: dict) -> str:
     spread = f"mean (lowest to highest) of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     return "\n".join(lines) + (
         f"\n\n{seeds[0]['dataset']}; `{result['recipe']}`{_flags(result)}, {seeds[0]['epochs']:g} epochs in "
-        f"{minutes:.0f} minutes on {result['environment']['threads']} cores ({result['environment']['device']}); "
+        f"{minutes:.0f} minutes on {_cores(result['environment'])}; "
         f"{spread}. Frozen encoders are judged with all labels.\n"
     )
 
@@ -45,6 +45,11 @@ def _cell(figures: dict | None, seeds: int) -> str:
         return "-"
     mean = f"{100 * figures['mean']:.1f}"
     return mean if seeds == 1 else f"{mean} ({100 * figures['lowest']:.1f} to {100 * figures['highest']:.1f})"
+
+
+def _cores(environment: dict) -> str:
+    threads = environment["threads"]
+    return f"{threads} core{'s' if threads > 1 else ''} ({environment['device']})"
 
 
 def _flags(result: dict) -> str:
