@@ -47,6 +47,10 @@ class ColorMAEForPreTraining(MAEForPreTraining):
 
     config: ColorMAEConfig
 
+    def no_weight_decay(self) -> set[str]:
+        # mmpretrain's recipe of MAE, unlike MAE's own.
+        return {"cls_token", "mask_token", "position_embeddings"}
+
 
 class ColorMAEForImageClassification(MAEForImageClassification):
     """MAE's fine-tuning head under ColorMAE's config."""

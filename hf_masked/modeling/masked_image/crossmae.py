@@ -1,4 +1,4 @@
-"""CrossMAE: an MAE whose mask tokens attend to the visible patches only, each by itself, so that a part of them will do.
+"""CrossMAE: an MAE whose mask tokens look at visible patches only, each by itself, so that a part of them will do.
 
 Letian Fu, Long Lian et al., "Rethinking Patch Dependence for Masked Autoencoders", TMLR 2025, arXiv 2401.14391.
 Reference implementation: https://github.com/TonyLianLong/CrossMAE (`models_cross.py`, `transformer_utils.py`).
@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoModelForImageClassification
 from transformers import initialization as init
 from transformers.utils.output_capturing import capture_outputs
 
@@ -67,7 +67,7 @@ class CrossMAEConfig(MAEConfig):
         depth = self.backbone_config.num_hidden_layers
         if any(not -depth <= index < depth for index in self.feature_map_indices or ()):
             raise ValueError(
-                f"feature_map_indices is {self.feature_map_indices}; the encoder's {depth} layers are 0 to {depth - 1}."
+                f"feature_map_indices is {self.feature_map_indices}; the encoder's layers are 0 to {depth - 1}."
             )
         if self.weight_feature_maps and not self.mixed_maps:
             raise ValueError("feature_map_indices is empty: name layers, or None for all, or set use_input_feature.")
@@ -156,8 +156,9 @@ class CrossMAEDecoder(nn.Module):
         """
         positions = interpolate_positions(self.position_embeddings, self.grid, grid)
         hidden_states = self.mask_token + positions[0][predicted_ids]  # (batch, predicted, hidden)
-        for layer, memory in zip(self.layers, memories, strict=True):
-            hidden_states = layer(hidden_states, memory)
+        if predicted_ids.shape[1] > 0:  # stock SDPA cannot attend from no place at all
+            for layer, memory in zip(self.layers, memories, strict=True):
+                hidden_states = layer(hidden_states, memory)
         return self.head(self.norm(hidden_states))
 
 
@@ -274,7 +275,9 @@ class CrossMAEForPreTraining(MAEForPreTraining):
                 "fits it, or set `prediction_ratio` to None, which predicts all that is masked."
             )
         if (bool_predicted_pos & ~bool_masked_pos).any():
-            raise ValueError("`bool_predicted_pos` is True where `bool_masked_pos` is False: predict masked ones only.")
+            raise ValueError(
+                "`bool_predicted_pos` is True where `bool_masked_pos` is not: predict masked patches only."
+            )
         return visible_indices(~bool_predicted_pos, units - counts[0])
 
     def loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, predicted_ids: torch.Tensor) -> torch.Tensor:
@@ -282,6 +285,7 @@ class CrossMAEForPreTraining(MAEForPreTraining):
         target = take(patchify(pixel_values.float(), self.patch_size), predicted_ids)  # (batch, predicted, values)
         if self.config.norm_pix_loss:
             target = normalize_patches(target)
+        # 0 where nothing is masked.
         return (logits.float() - target).square().sum() / max(target.numel(), 1)
 
     def reconstruct(

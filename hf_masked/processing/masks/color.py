@@ -1,4 +1,4 @@
-"""Masks from coloured noise: random, but clumped or spread as a filter says (ColorMAE, arXiv 2407.13036, section 3)."""
+"""Masks from coloured noise: random, but clumped or spread as a filter says (ColorMAE, arXiv 2407.13036)."""
 
 import functools
 import math
@@ -78,7 +78,8 @@ def _windows(bank: torch.Tensor, numbers: torch.Tensor, grid: tuple[int, int]) -
     field, top, left = (numbers[:, :3] * numbers.new_tensor([fields, size, size])).long().split(1, dim=1)
     rows, columns = _span(grid[0], numbers[:, 3:4]), _span(grid[1], numbers[:, 4:5])  # (batch, side) each
     # The filters are circular, so a window may begin anywhere and every unit has the same chance.
-    return bank[field.unsqueeze(2), ((top + rows) % size).unsqueeze(2), ((left + columns) % size).unsqueeze(1)].flatten(1)
+    rows, columns = (top + rows) % size, (left + columns) % size
+    return bank[field.unsqueeze(2), rows.unsqueeze(2), columns.unsqueeze(1)].flatten(1)
 
 
 def _span(side: int, number: torch.Tensor) -> torch.Tensor:
