@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import ViTConfig
 
 from hf_masked import ColorMAEConfig, ColorMAEForPreTraining, MAEConfig, MAEForPreTraining, MaskedImageProcessor
 from hf_masked.modeling.masked_image.colormae import convert_official_weights, official_config, tiny_config
@@ -30,6 +31,70 @@ def test_masks_of_a_bank_are_the_references(run, monkeypatch):
     grid = (run["grid"], run["grid"])
     masks = color_mask(given_draw(numbers), grid, run["ratio"], bank_size=fields, field_size=size)
     assert masks.int().tolist() == run["mask"]
+
+
+def network() -> tuple[dict, ColorMAEForPreTraining, torch.Tensor]:
+    """The reference's run, our model with its weights and tables, and the pictures."""
+    stored = PARITY["network"]
+    reference = stored["config"]
+    side = reference["img_size"] // reference["patch_size"]
+    backbone_config = ViTConfig(
+        hidden_size=reference["embed_dims"],
+        num_hidden_layers=reference["num_layers"],
+        num_attention_heads=reference["num_heads"],
+        intermediate_size=reference["feedforward_channels"],
+        layer_norm_eps=1e-6,
+        image_size=reference["img_size"],
+        patch_size=reference["patch_size"],
+    )
+    config = ColorMAEConfig(
+        backbone_config=backbone_config,
+        mask_ratio=reference["mask_ratio"],
+        decoder_hidden_size=reference["decoder_embed_dim"],
+        decoder_num_hidden_layers=reference["decoder_depth"],
+        decoder_num_attention_heads=reference["decoder_num_heads"],
+        decoder_intermediate_size=4 * reference["decoder_embed_dim"],
+    )
+    model = ColorMAEForPreTraining(config).eval()
+    tables = {
+        "backbone.pos_embed": mmpretrain_table(reference["embed_dims"], side),
+        "neck.decoder_pos_embed": mmpretrain_table(reference["decoder_embed_dim"], side),
+    }
+    model.load_state_dict(convert_official_weights(filled(stored["parameters"]) | tables, config))
+    size = (stored["batch"], 3, reference["img_size"], reference["img_size"])
+    return stored, model, filled_pixels(size, "network.pixels")
+
+
+def mmpretrain_table(width: int, side: int) -> torch.Tensor:
+    """mmpretrain's tables count rows first, MAE's columns."""
+    return torch.cat([torch.zeros(1, width), sincos_positions_2d(width, (side, side), first_axis="row")]).unsqueeze(0)
+
+
+def close(ours: torch.Tensor, stored, relative: float = 1e-5) -> None:
+    stored = torch.as_tensor(stored)
+    torch.testing.assert_close(ours, stored, rtol=relative, atol=relative * stored.abs().max().item())
+
+
+def test_loss_and_outputs_of_the_network_are_the_references():
+    stored, model, pixel_values = network()
+    output = model(pixel_values, torch.tensor(stored["mask"]).bool())
+    assert output.loss.item() == pytest.approx(stored["loss"], rel=1e-5)
+    close(output.logits, stored["pred"])
+    # The reference keeps its tokens in the descending order of the noise, ours are in raster order.
+    order = torch.tensor(stored["ids_keep"]).argsort(dim=1)
+    latent = torch.tensor(stored["latent"])
+    tokens = latent[:, 1:].gather(1, order.unsqueeze(-1).expand(-1, -1, latent.shape[-1]))
+    close(output.last_hidden_state, torch.cat([latent[:, :1], tokens], dim=1))
+
+
+def test_gradients_of_the_network_are_the_references():
+    stored, model, pixel_values = network()
+    model(pixel_values, torch.tensor(stored["mask"]).bool()).loss.backward()
+    for name, norm in stored["gradient_norms"].items():
+        # The conversion maps names; given names as values it tells which of ours make up one of the reference's.
+        probe = convert_official_weights({name: torch.zeros(stored["parameters"][name])}, model.config)
+        found = torch.stack([model.get_parameter(ours).grad.norm() for ours in probe]).norm().item()
+        assert found == pytest.approx(norm, rel=1e-4), name
 
 
 def twin_of_mae(**settings) -> tuple[ColorMAEForPreTraining, MAEForPreTraining]:
@@ -119,13 +184,11 @@ def official_shapes(width=768, decoder_width=512, depth=2, decoder_depth=1, grid
 
 def test_official_checkpoints_convert_whole_with_their_positions():
     official = filled(official_shapes())
-    # mmpretrain's tables count rows first, MAE's columns.
-    table = sincos_positions_2d(768, (4, 4), first_axis="row")
-    official["backbone.pos_embed"] = torch.cat([torch.zeros(1, 768), table]).unsqueeze(0)
+    official["backbone.pos_embed"] = mmpretrain_table(768, 4)
     config = official_config(official)
     assert type(config) is ColorMAEConfig and config.mask_kind == "color"
     assert config.backbone_config.image_size == 64 and config.decoder_num_hidden_layers == 1
     model = ColorMAEForPreTraining(config)
     model.load_state_dict(convert_official_weights(official, config))
-    assert torch.equal(model.backbone.embeddings.position_embeddings[0, 1:], table)
+    assert torch.equal(model.backbone.embeddings.position_embeddings, mmpretrain_table(768, 4))
     assert model(filled_pixels((1, 3, 64, 64))).loss.isfinite()
