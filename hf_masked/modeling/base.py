@@ -157,6 +157,10 @@ class VariantModel(PreTrainedModel):
         """Names of parameters without weight decay beyond norms and biases."""
         return set()
 
+    def learning_rate_factor(self) -> float:
+        """What `base_learning_rate` is multiplied by, where a method's rate depends on its config."""
+        return 1.0
+
     def constant_learning_rate(self) -> set[str]:
         """Names of parameters, or globs, whose learning rate the schedule leaves alone."""
         return set()

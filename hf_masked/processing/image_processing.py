@@ -243,10 +243,11 @@ class MaskedImageProcessor(PretrainingImageProcessor):
         mask_unit: side of a mask unit in pixels, or (height, width): the model's patch size, for most methods.
         mask_ratio: share of masked units.
         mask_options: further arguments of the mask function.
+        prediction_ratio: share of the units to predict, a random part of the masked ones; None for all of them.
         kwargs: of `PretrainingImageProcessor`.
     """
 
-    model_input_names = ["pixel_values", "bool_masked_pos"]  # noqa: RUF012 (transformers' own declaration)
+    model_input_names = ["pixel_values", "bool_masked_pos", "bool_predicted_pos"]  # noqa: RUF012 (transformers' own declaration)
     # Without a default on the class, transformers would leave None out when saving, and "random" would come back.
     mask_kind: str | None = "random"
 
@@ -257,6 +258,7 @@ class MaskedImageProcessor(PretrainingImageProcessor):
         mask_unit: int | tuple[int, int] = 16,
         mask_ratio: float = 0.75,
         mask_options: dict | None = None,
+        prediction_ratio: float | None = None,
         **kwargs,
     ):
         super().__init__(size, **kwargs)
@@ -264,6 +266,7 @@ class MaskedImageProcessor(PretrainingImageProcessor):
         self.mask_unit = [mask_unit, mask_unit] if isinstance(mask_unit, int) else list(mask_unit)
         self.mask_ratio = mask_ratio
         self.mask_options = dict(mask_options or {})
+        self.prediction_ratio = prediction_ratio
         if mask_kind is not None:
             self._check_mask()
 
@@ -278,6 +281,11 @@ class MaskedImageProcessor(PretrainingImageProcessor):
             )
         if not 0.0 <= self.mask_ratio < 1.0:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie in [0, 1), for example 0.75.")
+        if self.prediction_ratio is not None and not 0.0 < self.prediction_ratio <= self.mask_ratio:
+            raise ValueError(
+                f"prediction_ratio is {self.prediction_ratio}; it must lie in (0, mask_ratio], mask_ratio being "
+                f"{self.mask_ratio}. None predicts all that is masked."
+            )
         if self.mask_kind not in masks.MASKS:
             raise ValueError(f"Unknown mask_kind {self.mask_kind!r}; known are {', '.join(sorted(masks.MASKS))}.")
         # A mask now finds unfit options before a run does.
@@ -306,13 +314,15 @@ class MaskedImageProcessor(PretrainingImageProcessor):
         Returns:
             pixel_values: float32 (batch, channels, height, width), normalised.
             bool_masked_pos: bool (batch, units), True = masked, raster order, where a mask was asked for.
+            bool_predicted_pos: bool (batch, units), True = masked and to predict, with a `prediction_ratio`.
         """
         inputs = super().finish(pixels, augment_keys)
         if mask_keys is not None and self.mask_kind is not None:
             draw = keyed_draw(mask_keys.to(pixels.device))
-            inputs["bool_masked_pos"] = masks.make_mask(
-                self.mask_kind, draw, self.mask_grid, self.mask_ratio, **self.mask_options
-            )
+            mask = masks.make_mask(self.mask_kind, draw, self.mask_grid, self.mask_ratio, **self.mask_options)
+            inputs["bool_masked_pos"] = mask
+            if self.prediction_ratio is not None:
+                inputs["bool_predicted_pos"] = masks.partial_mask(draw, mask, self.mask_ratio, self.prediction_ratio)
         return inputs
 
     def _finish_keys(self, indices, seed, epochs, training):

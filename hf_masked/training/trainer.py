@@ -67,6 +67,8 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
             self.args.learning_rate = scaled_learning_rate(
                 self.args.base_learning_rate, self.effective_batch_size, self.args.base_batch_size
             )
+            if hasattr(self.model, "learning_rate_factor"):
+                self.args.learning_rate *= self.model.learning_rate_factor()
         # The launch may choose the precision as well as the arguments.
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
         if self.accelerator.is_fsdp2 and dtype != torch.float32:

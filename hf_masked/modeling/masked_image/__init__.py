@@ -1,9 +1,29 @@
 """Masked image modelling that predicts pixels or fixed functions of them."""
 
+from hf_masked.modeling.masked_image.colormae import (
+    ColorMAEConfig,
+    ColorMAEForImageClassification,
+    ColorMAEForPreTraining,
+    ColorMAEModel,
+)
+from hf_masked.modeling.masked_image.crossmae import (
+    CrossMAEConfig,
+    CrossMAEForImageClassification,
+    CrossMAEForPreTraining,
+    CrossMAEModel,
+)
 from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 from hf_masked.modeling.masked_image.simmim import SimMIMConfig, SimMIMForPreTraining, SimMIMModel
 
 __all__ = [
+    "ColorMAEConfig",
+    "ColorMAEForImageClassification",
+    "ColorMAEForPreTraining",
+    "ColorMAEModel",
+    "CrossMAEConfig",
+    "CrossMAEForImageClassification",
+    "CrossMAEForPreTraining",
+    "CrossMAEModel",
     "MAEConfig",
     "MAEForImageClassification",
     "MAEForPreTraining",

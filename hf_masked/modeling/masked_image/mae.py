@@ -191,7 +191,13 @@ class MAEForPreTraining(MAEPreTrainedModel):
     def __init__(self, config: MAEConfig):
         super().__init__(config)
         self.patch_size = pair(config.backbone_config.patch_size)
-        self.decoder = MaskTokenDecoder(
+        self.decoder = self.make_decoder(self.patch_size[0] * self.patch_size[1] * config.num_channels)
+        self.post_init()
+
+    def make_decoder(self, output_size: int) -> nn.Module:
+        """The decoder, which predicts `output_size` values per patch."""
+        config = self.config
+        return MaskTokenDecoder(
             config,
             encoder_size=config.hidden_size,
             hidden_size=config.decoder_hidden_size,
@@ -199,10 +205,9 @@ class MAEForPreTraining(MAEPreTrainedModel):
             num_attention_heads=config.decoder_num_attention_heads,
             intermediate_size=config.decoder_intermediate_size,
             grid=backbone_grid(config.backbone_config),
-            output_size=self.patch_size[0] * self.patch_size[1] * config.num_channels,
+            output_size=output_size,
             num_prefix_tokens=num_prefix_tokens(config.backbone_config),
         )
-        self.post_init()
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -257,6 +262,13 @@ class MAEForPreTraining(MAEPreTrainedModel):
             target = normalize_patches(target)
         return masked_mean((logits.float() - target).square().mean(dim=-1), bool_masked_pos)
 
+    def reconstruct(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predictions of at least all masked patches, (batch, units, values), and the mask, bool (batch, units)."""
+        output = self(pixel_values, bool_masked_pos, return_loss=False)
+        return output.logits, output.mask
+
     @torch.no_grad()
     def pictures(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> dict:
         """What there is to see: name of the panel -> (batch, channels, height, width), normalised as the input.
@@ -264,13 +276,13 @@ class MAEForPreTraining(MAEPreTrainedModel):
         With `norm_pix_loss` the predictions are drawn with the mean and deviation of the TRUE patches, which the
         model does not know; the panel's name says so.
         """
-        output = self(pixel_values, bool_masked_pos, return_loss=False)
+        predicted, mask = self.reconstruct(pixel_values, bool_masked_pos)
         grid = self._check_inputs(pixel_values, None)
         patches = patchify(pixel_values.float(), self.patch_size)
-        predicted = output.logits.float()
+        predicted = predicted.float()
         if self.config.norm_pix_loss:
             predicted = denormalize_patches(predicted, patches)
-        hidden = output.mask.unsqueeze(-1)
+        hidden = mask.unsqueeze(-1)
         panels = {
             "picture": patches,
             "masked": patches.masked_fill(hidden, 0.0),
@@ -337,34 +349,40 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> MAEConfig:
     Raises:
         ValueError: if the number of heads cannot be known, because the width is none of the released ones.
     """
+    backbone_config = official_backbone_config(state_dict, OFFICIAL_HEADS)
+    if "decoder_embed.weight" not in state_dict:
+        return MAEConfig(backbone_config=backbone_config)
+    return MAEConfig(
+        backbone_config=backbone_config,
+        decoder_hidden_size=state_dict["decoder_embed.weight"].shape[0],
+        decoder_num_hidden_layers=depth(state_dict, "decoder_blocks"),
+        decoder_intermediate_size=state_dict["decoder_blocks.0.mlp.fc1.weight"].shape[0],
+    )
+
+
+def official_backbone_config(state_dict: dict[str, torch.Tensor], heads: dict[int, int]) -> ViTConfig:
+    """The encoder's config, with the number of heads by width; raises as `official_config`."""
     hidden_size, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-    if hidden_size not in OFFICIAL_HEADS:
+    if hidden_size not in heads:
         raise ValueError(
             f"The checkpoint's encoder is {hidden_size} wide and does not say how many heads it has, which is known "
-            f"for the released widths only ({', '.join(map(str, OFFICIAL_HEADS))}): pass a config."
+            f"for the released widths only ({', '.join(map(str, heads))}): pass a config."
         )
     grid = round((state_dict["pos_embed"].shape[1] - 1) ** 0.5)
-    backbone_config = ViTConfig(
+    return ViTConfig(
         hidden_size=hidden_size,
-        num_hidden_layers=_depth(state_dict, "blocks"),
-        num_attention_heads=OFFICIAL_HEADS[hidden_size],
+        num_hidden_layers=depth(state_dict, "blocks"),
+        num_attention_heads=heads[hidden_size],
         intermediate_size=state_dict["blocks.0.mlp.fc1.weight"].shape[0],
         layer_norm_eps=1e-6,
         image_size=grid * patch_size,
         patch_size=patch_size,
         num_channels=num_channels,
     )
-    if "decoder_embed.weight" not in state_dict:
-        return MAEConfig(backbone_config=backbone_config)
-    return MAEConfig(
-        backbone_config=backbone_config,
-        decoder_hidden_size=state_dict["decoder_embed.weight"].shape[0],
-        decoder_num_hidden_layers=_depth(state_dict, "decoder_blocks"),
-        decoder_intermediate_size=state_dict["decoder_blocks.0.mlp.fc1.weight"].shape[0],
-    )
 
 
-def _depth(state_dict: dict, blocks: str) -> int:
+def depth(state_dict: dict, blocks: str) -> int:
+    """How many blocks of a name an official checkpoint holds."""
     return 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith(f"{blocks}."))
 
 

@@ -150,6 +150,20 @@ def encode_visible(
     return backbone.layernorm(hidden_states)
 
 
+def visible_feature_maps(
+    backbone: PreTrainedModel, pixel_values: torch.Tensor, visible: torch.Tensor | None = None, **kwargs
+) -> list[torch.Tensor]:
+    """As `encode_visible`, but the embedded tokens and each layer's output, without the final norm.
+
+    Returns:
+        1 + number of layers tensors (batch, prefix + visible, hidden).
+    """
+    feature_maps = [_embed_visible(backbone, pixel_values, visible)]
+    for layer in _layers(backbone):
+        feature_maps.append(layer(feature_maps[-1], None, **kwargs))
+    return feature_maps
+
+
 def _embed_visible(backbone, pixel_values, visible):
     """Prefix tokens and embedded patches with their positions: (batch, prefix + visible, hidden)."""
     embeddings = backbone.embeddings

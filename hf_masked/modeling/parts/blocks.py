@@ -43,6 +43,36 @@ class SelfAttention(nn.Module):
         return self.projection(context.flatten(2))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to a memory of another width, with one matrix for keys and values.
+
+    Args:
+        config: the model's config, whose `_attn_implementation` chooses the kernel.
+        hidden_size: width of the queries, a multiple of `num_attention_heads`.
+        memory_size: width of the memory.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, memory_size: int, num_attention_heads: int):
+        super().__init__()
+        self.config = config
+        self.num_attention_heads = num_attention_heads
+        self.scaling = (hidden_size // num_attention_heads) ** -0.5
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key_value = nn.Linear(memory_size, 2 * hidden_size)
+        self.projection = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """(batch, queries, hidden) and (batch, tokens, memory) -> (batch, queries, hidden)."""
+        query = self.query(hidden_states).unflatten(2, (self.num_attention_heads, -1)).transpose(1, 2)
+        key_value = self.key_value(memory).unflatten(2, (2, self.num_attention_heads, -1))
+        key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, heads, tokens, head width) each
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        context, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
+        return self.projection(context.flatten(2))
+
+
 class FeedForward(nn.Sequential):
     """Linear, GELU, Linear."""
 
@@ -71,4 +101,37 @@ class TransformerBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states))
+        return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
+
+
+class CrossAttentionBlock(GradientCheckpointingLayer):
+    """Pre-norm cross-attention and feed-forward, each with a residual; self-attention before them if asked for.
+
+    Args:
+        memory_size: width of what is attended to, which comes normalised.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        hidden_size: int,
+        memory_size: int,
+        num_attention_heads: int,
+        intermediate_size: int,
+        self_attention: bool = False,
+        layer_norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.self_attention = SelfAttention(config, hidden_size, num_attention_heads) if self_attention else None
+        self.self_attention_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps) if self_attention else None
+        self.cross_attention_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.cross_attention = CrossAttention(config, hidden_size, memory_size, num_attention_heads)
+        self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.feed_forward = FeedForward(hidden_size, intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """(batch, queries, hidden) and (batch, tokens, memory) -> (batch, queries, hidden)."""
+        if self.self_attention is not None:
+            hidden_states = hidden_states + self.self_attention(self.self_attention_norm(hidden_states))
+        hidden_states = hidden_states + self.cross_attention(self.cross_attention_norm(hidden_states), memory)
         return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))

@@ -93,11 +93,13 @@ def check_pixel_values(
     return patch_grid(pixel_values.shape[2], pixel_values.shape[3], patch_size)
 
 
-def check_mask(bool_masked_pos: torch.Tensor, batch: int, grid: tuple[int, ...]) -> None:
+def check_mask(
+    bool_masked_pos: torch.Tensor, batch: int, grid: tuple[int, ...], name: str = "bool_masked_pos"
+) -> None:
     """Raises a ValueError unless the mask is bool (batch, units)."""
     expected = (batch, math.prod(grid))
     if tuple(bool_masked_pos.shape) != expected or bool_masked_pos.dtype != torch.bool:
         raise ValueError(
-            f"`bool_masked_pos` is {bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}; expected torch.bool "
+            f"`{name}` is {bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}; expected torch.bool "
             f"{expected}: one value, True = masked, for each of the {' x '.join(map(str, grid))} units."
         )

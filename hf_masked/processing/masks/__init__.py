@@ -11,8 +11,10 @@ import torch
 
 from hf_masked.processing.masks.block import block_mask
 from hf_masked.processing.masks.coarse import coarse_mask
+from hf_masked.processing.masks.color import color_mask
 from hf_masked.processing.masks.counts import num_masked_units
 from hf_masked.processing.masks.grid import grid_mask
+from hf_masked.processing.masks.partial import num_skipped_units, partial_mask
 from hf_masked.processing.masks.random import random_mask
 from hf_masked.randomness import Draw
 
@@ -22,6 +24,7 @@ MASKS: dict[str, MaskFunction] = {
     "random": random_mask,
     "block": block_mask,
     "coarse": coarse_mask,
+    "color": color_mask,
     "grid": grid_mask,
 }
 
@@ -51,9 +54,12 @@ __all__ = [
     "MASKS",
     "block_mask",
     "coarse_mask",
+    "color_mask",
     "grid_mask",
     "make_mask",
     "num_masked_units",
+    "num_skipped_units",
+    "partial_mask",
     "random_mask",
     "register_mask",
 ]
