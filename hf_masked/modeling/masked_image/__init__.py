@@ -1,13 +1,27 @@
 """Masked image modelling that predicts pixels or fixed functions of them."""
 
+from hf_masked.modeling.masked_image.localmim import (
+    LocalMIMConfig,
+    LocalMIMForImageClassification,
+    LocalMIMForPreTraining,
+    LocalMIMModel,
+)
 from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
+from hf_masked.modeling.masked_image.maskfeat import MaskFeatConfig, MaskFeatForPreTraining, MaskFeatModel
 from hf_masked.modeling.masked_image.simmim import SimMIMConfig, SimMIMForPreTraining, SimMIMModel
 
 __all__ = [
+    "LocalMIMConfig",
+    "LocalMIMForImageClassification",
+    "LocalMIMForPreTraining",
+    "LocalMIMModel",
     "MAEConfig",
     "MAEForImageClassification",
     "MAEForPreTraining",
     "MAEModel",
+    "MaskFeatConfig",
+    "MaskFeatForPreTraining",
+    "MaskFeatModel",
     "SimMIMConfig",
     "SimMIMForPreTraining",
     "SimMIMModel",

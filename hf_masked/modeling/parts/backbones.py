@@ -4,6 +4,7 @@ masked patches, and running ViTs on visible tokens only."""
 import copy
 import inspect
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -144,13 +145,57 @@ def encode_visible(
     Returns:
         (batch, prefix + visible, hidden), after the final norm.
     """
-    hidden_states = _embed_visible(backbone, pixel_values, visible)
-    for layer in _layers(backbone):
+    last, _ = _run_layers(backbone, _embed(backbone, pixel_values, visible), **kwargs)
+    return backbone.layernorm(last)
+
+
+def encode_visible_at(
+    backbone: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    visible: torch.Tensor | None,
+    layers: Sequence[int],
+    **kwargs,
+) -> list[torch.Tensor]:
+    """What stands after some of the layers, before any norm; else as `encode_visible`.
+
+    Args:
+        layers: their numbers from 0, ascending.
+    """
+    _, outputs = _run_layers(backbone, _embed(backbone, pixel_values, visible), layers, **kwargs)
+    return outputs
+
+
+def encode_with_mask_tokens(
+    backbone: PreTrainedModel, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+) -> torch.Tensor:
+    """Runs a ViT, DeiT or DINOv2 on all patches, with its mask token in place of the masked ones, before positions.
+
+    The same as the stock model's `forward`, except that rectangles of any size get their positions.
+
+    Args:
+        pixel_values: float (batch, channels, height, width).
+        bool_masked_pos: bool (batch, units), True = masked; None for the plain backbone.
+        kwargs: passed to the layers.
+
+    Returns:
+        (batch, prefix + units, hidden), after the final norm.
+    """
+    embedded = _embed(backbone, pixel_values, bool_masked_pos=bool_masked_pos)
+    last, _ = _run_layers(backbone, embedded, **kwargs)
+    return backbone.layernorm(last)
+
+
+def _run_layers(backbone, hidden_states, kept: Sequence[int] = (), **kwargs):
+    """The output of the last layer, and a list of those of the layers to be kept."""
+    outputs = []
+    for number, layer in enumerate(_layers(backbone)):
         hidden_states = layer(hidden_states, None, **kwargs)
-    return backbone.layernorm(hidden_states)
+        if number in kept:
+            outputs.append(hidden_states)
+    return hidden_states, outputs
 
 
-def _embed_visible(backbone, pixel_values, visible):
+def _embed(backbone, pixel_values, visible=None, bool_masked_pos=None):
     """Prefix tokens and embedded patches with their positions: (batch, prefix + visible, hidden)."""
     embeddings = backbone.embeddings
     projection = embeddings.patch_embeddings.projection
@@ -168,7 +213,10 @@ def _embed_visible(backbone, pixel_values, visible):
     # weight would get a permuted gradient, which DDP copies.
     patches = patches.unflatten(2, (*patch_size, -1)).permute(0, 1, 4, 2, 3).flatten(2)
     weight = projection.weight.flatten(1)
-    tokens = F.linear(patches.to(weight.dtype), weight, projection.bias) + positions
+    tokens = F.linear(patches.to(weight.dtype), weight, projection.bias)
+    if bool_masked_pos is not None:
+        tokens = torch.where(bool_masked_pos.unsqueeze(-1), embeddings.mask_token.to(tokens.dtype), tokens)
+    tokens = tokens + positions
     return embeddings.dropout(torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1))
 
 
