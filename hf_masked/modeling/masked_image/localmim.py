@@ -53,7 +53,7 @@ class LocalMIMConfig(MAEConfig):
             one of them. By default the paper's 1, 3, -3 and -1, or 0, 1, -2 and -1 of fewer than seven layers.
         tap_scales: of each of them, cells per patch and axis: 4, 2, 1 or 0.5.
         target: "hog", or "pixel" (normalised per cell with `norm_pix_loss`).
-        hog_bins: directions in half a turn (paper: 9 for ViT-B, 18 for ViT-L).
+        hog_bins: directions in half a turn (the reference's README: 9 for ViT-B, 18 for ViT-L).
         hog_random_bias: adds fixed random numbers to the gradients, as the reference does for ViT-L.
     """
 
@@ -155,7 +155,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def scale_head(scale: float, hidden_size: int, output_size: int) -> nn.Sequential:
-    """From a map of patches to one of `scale` times as many cells per axis (paper, section 3.3; `MAE_Decoder`)."""
+    """From a map of patches to one of `scale` times as many cells per axis (`MAE_Decoder`)."""
     layers, width = [], hidden_size
     if scale > 1:
         width = hidden_size // 2
@@ -202,7 +202,7 @@ PRETRAINING_WEIGHTS = [r"decoders\..*", r"tap_norms\..*", "hog_bias"]
 
 
 class LocalMIMModel(MAEModel):
-    """The encoder: without a mask it is the plain backbone, with one it sees the visible patches only."""
+    """The encoder, as MAE's: without a mask the plain backbone, with one it sees the visible patches only."""
 
     config: LocalMIMConfig
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = PRETRAINING_WEIGHTS
@@ -307,7 +307,7 @@ class LocalMIMForPreTraining(MAEPreTrainedModel):
         return [cells_to_units(F.normalize(values, dim=2)) for values in histograms]
 
     def tap_losses(self, pixel_values, logits, bool_masked_pos, grid) -> dict[str, torch.Tensor]:
-        """Mean squared error over masked cells, of each layer (paper, equation 3; `forward_loss`).
+        """Mean squared error over masked cells, of each layer (`forward_loss`).
 
         A cell of 2 x 2 patches counts with the share of them that is masked.
         """
@@ -362,7 +362,7 @@ def mask_of_cells(bool_masked_pos: torch.Tensor, grid: tuple[int, int], scale: f
 
 
 class LocalMIMForImageClassification(MAEForImageClassification):
-    """The fine-tuning encoder: mean of the patch tokens, a norm of its own and a linear layer (`models_vit.py`)."""
+    """The fine-tuning encoder, as MAE's (`models_vit.py`)."""
 
     config: LocalMIMConfig
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"backbone\.layernorm\..*", *PRETRAINING_WEIGHTS]

@@ -221,7 +221,7 @@ class MaskFeatForPreTraining(MaskFeatPreTrainedModel):
         return cells_to_units(cells, self.config.cells_per_patch)
 
     def loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
-        """Mean squared error over the HOG of masked patches (paper, section 3.1; `MultipleMSELoss`)."""
+        """Mean squared error over the HOG of masked patches (`MultipleMSELoss`)."""
         return masked_mean((logits.float() - self.target(pixel_values)).square().mean(dim=-1), bool_masked_pos)
 
     @torch.no_grad()

@@ -27,6 +27,7 @@ from hf_masked.modeling.masked_image.localmim import (
 from hf_masked.modeling.parts.hog import hog
 from hf_masked.modeling.registry import get_variant
 from hf_masked.training.export import export_encoder
+from tests.modeling.masked_image.short_runs import fashion, knn, pretrain
 from tests.parity.fill import filled, filled_noise, filled_pixels
 
 PARITY = json.loads((Path(__file__).parents[2] / "parity" / "localmim.json").read_text())
@@ -414,3 +415,27 @@ def test_no_two_masked_cells_get_the_same_prediction():
     output = LocalMIMForPreTraining(tiny_config()).eval()(torch.randn(1, 3, 32, 32))
     first, second = output.logits[2][0, output.mask[0]][:2]
     assert (first - second).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_taps_on_lower_layers_make_their_features_better():
+    """Fashion-MNIST, 300 steps, beside the same network that predicts from its top layer only."""
+    splits = fashion(4000, 1000)
+    backbone_config = small_backbone(
+        hidden_size=64, num_hidden_layers=6, intermediate_size=128, patch_size=4, num_channels=1
+    )
+    decoder = {"decoder_hidden_size": 32, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 64}
+    accuracies = {}
+    for name, taps in (
+        ("four", {"tap_indices": (0, 1, -2, -1), "tap_scales": (2, 2, 1, 0.5)}),
+        ("top", {"tap_indices": (-1,), "tap_scales": (0.5,)}),
+    ):
+        model = small_model(backbone_config=backbone_config, **decoder, **taps).eval()
+        accuracies.setdefault("untrained", knn(model, splits))
+        pretrain(model, splits[0][0], steps=300)
+        accuracies[name] = knn(model, splits)
+        accuracies[f"{name}, after two layers"] = knn(model, splits, layer=2)
+    print(accuracies)
+    assert accuracies["four"] > accuracies["untrained"] + 0.05
+    assert accuracies["four"] > accuracies["top"]
+    assert accuracies["four, after two layers"] > accuracies["top, after two layers"]

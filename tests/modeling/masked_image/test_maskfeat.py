@@ -13,6 +13,7 @@ from hf_masked.modeling.masked_image.maskfeat import convert_official_weights, o
 from hf_masked.modeling.parts.hog import hog, hog_glyphs
 from hf_masked.modeling.registry import get_variant
 from hf_masked.training.export import export_encoder
+from tests.modeling.masked_image.short_runs import fashion, knn, pretrain
 from tests.parity.fill import filled, filled_noise, filled_pixels
 
 PARITY = json.loads((Path(__file__).parents[2] / "parity" / "maskfeat.json").read_text())
@@ -308,3 +309,22 @@ def test_no_two_masked_patches_get_the_same_prediction():
     output = MaskFeatForPreTraining(tiny_config()).eval()(torch.randn(1, 3, 32, 32))
     first, second = output.logits[0, output.mask[0]][:2]
     assert (first - second).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_learns_more_than_the_mean_hog_of_the_data():
+    """Fashion-MNIST, 600 steps: predictions follow the picture at hand, and so do the features."""
+    splits = fashion(4000, 1000)
+    (pictures, _), (unseen, _) = splits
+    backbone_config = small_backbone(hidden_size=64, num_hidden_layers=3, intermediate_size=128, num_channels=1)
+    model = small_model(backbone_config=backbone_config).eval()
+    untrained = knn(model, splits)
+    pretrain(model, pictures, steps=600)
+    with torch.no_grad():
+        output = model(unseen)
+        target, predicted = model.target(unseen)[output.mask], output.logits[output.mask]
+        # At each place the mean over the training pictures.
+        mean = model.target(pictures).mean(dim=0).expand(len(unseen), -1, -1)[output.mask]
+    assert output.loss < 0.9 * (target - mean).square().mean()
+    assert torch.corrcoef(torch.stack([predicted.flatten(), target.flatten()]))[0, 1] > 0.5
+    assert knn(model, splits) > untrained + 0.05
