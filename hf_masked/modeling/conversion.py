@@ -18,8 +18,8 @@ SETTINGS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 def read_official(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights of an official `.pth` file, read with `weights_only=True`.
 
-    Training checkpoints hold the weights under "model" or "state_dict", beside an optimizer and settings: an argparse
-    Namespace (MAE) or a yacs CfgNode (SimMIM), the classes that are let through.
+    Training checkpoints hold the weights under "model", "state_dict" or "model_state", beside an optimizer and
+    settings: an argparse Namespace (MAE) or a yacs CfgNode (SimMIM), the classes that are let through.
 
     Raises:
         ValueError: if the file holds no weights, or objects that are not loaded for safety.
@@ -31,11 +31,13 @@ def read_official(path: str | Path) -> dict[str, torch.Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a file of weights: {str(error).splitlines()[0]}") from error
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "model_state"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors, at the top or under 'model' or 'state_dict'.")
+        raise ValueError(
+            f"{path} holds no dictionary of tensors, at the top or under 'model', 'state_dict' or 'model_state'."
+        )
     return content
 
 

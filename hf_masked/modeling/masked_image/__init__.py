@@ -12,7 +12,14 @@ from hf_masked.modeling.masked_image.crossmae import (
     CrossMAEForPreTraining,
     CrossMAEModel,
 )
+from hf_masked.modeling.masked_image.localmim import (
+    LocalMIMConfig,
+    LocalMIMForImageClassification,
+    LocalMIMForPreTraining,
+    LocalMIMModel,
+)
 from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
+from hf_masked.modeling.masked_image.maskfeat import MaskFeatConfig, MaskFeatForPreTraining, MaskFeatModel
 from hf_masked.modeling.masked_image.simmim import SimMIMConfig, SimMIMForPreTraining, SimMIMModel
 
 __all__ = [
@@ -24,10 +31,17 @@ __all__ = [
     "CrossMAEForImageClassification",
     "CrossMAEForPreTraining",
     "CrossMAEModel",
+    "LocalMIMConfig",
+    "LocalMIMForImageClassification",
+    "LocalMIMForPreTraining",
+    "LocalMIMModel",
     "MAEConfig",
     "MAEForImageClassification",
     "MAEForPreTraining",
     "MAEModel",
+    "MaskFeatConfig",
+    "MaskFeatForPreTraining",
+    "MaskFeatModel",
     "SimMIMConfig",
     "SimMIMForPreTraining",
     "SimMIMModel",

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hf_masked.modeling.base import VariantConfig, VariantModel
 from hf_masked.modeling.outputs import MaskedImageModelingOutput
+from hf_masked.modeling.parts.heads import init_as_torch
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, patch_grid
 from hf_masked.modeling.parts.relative_positions import TABLE
@@ -165,7 +166,7 @@ class SimMIMPreTrainedModel(VariantModel):
             initialize = init_vit if self.config.backbone_config.model_type == "beit" else init_swin
             initialize(self.backbone)
         elif isinstance(module, nn.Conv2d):
-            init_conv(module)
+            init_as_torch(module)
 
     def no_weight_decay(self) -> set[str]:
         # As the reference has it: the table that a ViT's blocks share does decay.
@@ -346,20 +347,13 @@ def init_swin(backbone: nn.Module) -> None:
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
-            init_conv(module)
+            init_as_torch(module)  # as the reference leaves it
         elif hasattr(module, TABLE):
             init.trunc_normal_(getattr(module, TABLE), std=0.02)
     embeddings = backbone.embeddings
     for token in (embeddings.mask_token, embeddings.position_embeddings):
         if token is not None:
             init.trunc_normal_(token, std=0.02)
-
-
-def init_conv(conv: nn.Conv2d) -> None:
-    """torch's own initialisation of a convolution, which the reference leaves as it is."""
-    init.kaiming_uniform_(conv.weight, a=math.sqrt(5))
-    bound = 1 / math.sqrt(conv.weight[0].numel())
-    init.uniform_(conv.bias, -bound, bound)
 
 
 def official_config(state_dict: dict[str, torch.Tensor]) -> SimMIMConfig:

@@ -144,27 +144,56 @@ def encode_visible(
     Returns:
         (batch, prefix + visible, hidden), after the final norm.
     """
-    hidden_states = _embed_visible(backbone, pixel_values, visible)
-    for layer in _layers(backbone):
-        hidden_states = layer(hidden_states, **kwargs)
-    return backbone.layernorm(hidden_states)
+    return backbone.layernorm(_run_layers(backbone, _embed(backbone, pixel_values, visible), **kwargs))
 
 
 def visible_feature_maps(
-    backbone: PreTrainedModel, pixel_values: torch.Tensor, visible: torch.Tensor | None = None, **kwargs
+    backbone: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    visible: torch.Tensor | None = None,
+    depth: int | None = None,
+    **kwargs,
 ) -> list[torch.Tensor]:
-    """As `encode_visible`, but the embedded tokens and each layer's output, without the final norm.
+    """As `encode_visible`, but the embedded tokens and the output of each layer, without the final norm.
+
+    Args:
+        depth: how many layers to run; by default all.
 
     Returns:
-        1 + number of layers tensors (batch, prefix + visible, hidden).
+        1 + depth tensors (batch, prefix + visible, hidden).
     """
-    feature_maps = [_embed_visible(backbone, pixel_values, visible)]
-    for layer in _layers(backbone):
-        feature_maps.append(layer(feature_maps[-1], None, **kwargs))
+    feature_maps = [_embed(backbone, pixel_values, visible)]
+    for layer in _layers(backbone)[:depth]:
+        feature_maps.append(layer(feature_maps[-1], **kwargs))
     return feature_maps
 
 
-def _embed_visible(backbone, pixel_values, visible):
+def encode_with_mask_tokens(
+    backbone: PreTrainedModel, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+) -> torch.Tensor:
+    """Runs a ViT, DeiT or DINOv2 on all patches, with its mask token in place of the masked ones, before positions.
+
+    The same as the stock model's `forward`, except that rectangles of any size get their positions.
+
+    Args:
+        pixel_values: float (batch, channels, height, width).
+        bool_masked_pos: bool (batch, units), True = masked; None for the plain backbone.
+        kwargs: passed to the layers.
+
+    Returns:
+        (batch, prefix + units, hidden), after the final norm.
+    """
+    embedded = _embed(backbone, pixel_values, bool_masked_pos=bool_masked_pos)
+    return backbone.layernorm(_run_layers(backbone, embedded, **kwargs))
+
+
+def _run_layers(backbone, hidden_states, **kwargs):
+    for layer in _layers(backbone):
+        hidden_states = layer(hidden_states, **kwargs)
+    return hidden_states
+
+
+def _embed(backbone, pixel_values, visible=None, bool_masked_pos=None):
     """Prefix tokens and embedded patches with their positions: (batch, prefix + visible, hidden)."""
     embeddings = backbone.embeddings
     projection = embeddings.patch_embeddings.projection
@@ -182,7 +211,10 @@ def _embed_visible(backbone, pixel_values, visible):
     # weight would get a permuted gradient, which DDP copies.
     patches = patches.unflatten(2, (*patch_size, -1)).permute(0, 1, 4, 2, 3).flatten(2)
     weight = projection.weight.flatten(1)
-    tokens = F.linear(patches.to(weight.dtype), weight, projection.bias) + positions
+    tokens = F.linear(patches.to(weight.dtype), weight, projection.bias)
+    if bool_masked_pos is not None:
+        tokens = torch.where(bool_masked_pos.unsqueeze(-1), embeddings.mask_token.to(tokens.dtype), tokens)
+    tokens = tokens + positions
     return embeddings.dropout(torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1))
 
 

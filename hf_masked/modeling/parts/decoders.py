@@ -17,7 +17,7 @@ class MaskTokenDecoder(nn.Module):
         encoder_size: width of the encoder's tokens.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: of the decoder.
         grid: (rows, columns) of units the position table is made for; other grids interpolate it.
-        output_size: values predicted per unit.
+        output_size: values predicted per unit; None for a decoder without a head, which returns its own tokens.
         num_prefix_tokens: class and other tokens that stand before the units; their position is zero.
     """
 
@@ -30,7 +30,7 @@ class MaskTokenDecoder(nn.Module):
         num_attention_heads: int,
         intermediate_size: int,
         grid: tuple[int, int],
-        output_size: int,
+        output_size: int | None,
         num_prefix_tokens: int = 1,
         layer_norm_eps: float = 1e-6,
     ):
@@ -46,7 +46,7 @@ class MaskTokenDecoder(nn.Module):
             for _ in range(num_hidden_layers)
         )
         self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.head = nn.Linear(hidden_size, output_size)
+        self.head = nn.Identity() if output_size is None else nn.Linear(hidden_size, output_size)
 
     def _positions(self, hidden_size: int) -> torch.Tensor:
         table = sincos_positions_2d(hidden_size, self.grid)

@@ -39,11 +39,11 @@ class MLPHead(nn.Sequential):
 
 @torch.no_grad()
 def init_as_torch(module: nn.Module) -> None:
-    """torch's own initialisation of a linear layer or a batch norm, of what has not been loaded from a checkpoint."""
-    if isinstance(module, nn.Linear):
+    """torch's own initialisation of a linear layer, a convolution or a batch norm, of what has not been loaded."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         if module.bias is not None:
-            bound = 1 / math.sqrt(module.in_features)
+            bound = 1 / math.sqrt(module.weight[0].numel())
             init.uniform_(module.bias, -bound, bound)
     elif isinstance(module, nn.BatchNorm1d):
         if module.affine:

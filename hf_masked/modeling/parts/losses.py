@@ -9,10 +9,10 @@ def masked_mean(loss_per_unit: torch.Tensor, bool_masked_pos: torch.Tensor) -> t
 
     Args:
         loss_per_unit: float (batch, units).
-        bool_masked_pos: bool (batch, units).
+        bool_masked_pos: bool (batch, units); or float weights, of units that are masked in part.
     """
     mask = bool_masked_pos.to(loss_per_unit.dtype)
-    return (loss_per_unit * mask).sum() / mask.sum().clamp(min=1)
+    return (loss_per_unit * mask).sum() / mask.sum().clamp(min=1e-6)
 
 
 def negative_cosine(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
