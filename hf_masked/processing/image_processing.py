@@ -239,14 +239,15 @@ class MaskedImageProcessor(PretrainingImageProcessor):
     """Makes the inputs of masked image modelling.
 
     Args:
-        mask_kind: a name in `hf_masked.processing.masks.MASKS`, or None for no mask.
+        mask_kind: a name in `hf_masked.processing.masks.MASKS`; "model" for models that choose their masks themselves,
+            which get `noise`, one number per mask unit, for the random part; or None for no mask.
         mask_unit: side of a mask unit in pixels, or (height, width): the model's patch size, for most methods.
         mask_ratio: share of masked units.
         mask_options: further arguments of the mask function.
         kwargs: of `PretrainingImageProcessor`.
     """
 
-    model_input_names = ["pixel_values", "bool_masked_pos"]  # noqa: RUF012 (transformers' own declaration)
+    model_input_names = ["pixel_values", "bool_masked_pos", "noise"]  # noqa: RUF012 (transformers' own declaration)
     # Without a default on the class, transformers would leave None out when saving, and "random" would come back.
     mask_kind: str | None = "random"
 
@@ -278,8 +279,11 @@ class MaskedImageProcessor(PretrainingImageProcessor):
             )
         if not 0.0 <= self.mask_ratio < 1.0:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie in [0, 1), for example 0.75.")
+        if self.mask_kind == "model":
+            return
         if self.mask_kind not in masks.MASKS:
-            raise ValueError(f"Unknown mask_kind {self.mask_kind!r}; known are {', '.join(sorted(masks.MASKS))}.")
+            known = ", ".join(["model", *sorted(masks.MASKS)])
+            raise ValueError(f"Unknown mask_kind {self.mask_kind!r}; known are {known}.")
         # A mask now finds unfit options before a run does.
         masks.make_mask(
             self.mask_kind,
@@ -306,10 +310,15 @@ class MaskedImageProcessor(PretrainingImageProcessor):
         Returns:
             pixel_values: float32 (batch, channels, height, width), normalised.
             bool_masked_pos: bool (batch, units), True = masked, raster order, where a mask was asked for.
+            noise: float32 (batch, units) in [0, 1), in its place with `mask_kind="model"`.
         """
         inputs = super().finish(pixels, augment_keys)
-        if mask_keys is not None and self.mask_kind is not None:
-            draw = keyed_draw(mask_keys.to(pixels.device))
+        if mask_keys is None or self.mask_kind is None:
+            return inputs
+        draw = keyed_draw(mask_keys.to(pixels.device))
+        if self.mask_kind == "model":
+            inputs["noise"] = draw(self.mask_grid[0] * self.mask_grid[1])
+        else:
             inputs["bool_masked_pos"] = masks.make_mask(
                 self.mask_kind, draw, self.mask_grid, self.mask_ratio, **self.mask_options
             )
