@@ -2,6 +2,12 @@
 
 from hf_masked.modeling.masked_image.hpm import HPMConfig, HPMForImageClassification, HPMForPreTraining, HPMModel
 from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
+from hf_masked.modeling.masked_image.self_guided_mae import (
+    SelfGuidedMAEConfig,
+    SelfGuidedMAEForImageClassification,
+    SelfGuidedMAEForPreTraining,
+    SelfGuidedMAEModel,
+)
 from hf_masked.modeling.masked_image.simmim import SimMIMConfig, SimMIMForPreTraining, SimMIMModel
 
 __all__ = [
@@ -13,6 +19,10 @@ __all__ = [
     "MAEForImageClassification",
     "MAEForPreTraining",
     "MAEModel",
+    "SelfGuidedMAEConfig",
+    "SelfGuidedMAEForImageClassification",
+    "SelfGuidedMAEForPreTraining",
+    "SelfGuidedMAEModel",
     "SimMIMConfig",
     "SimMIMForPreTraining",
     "SimMIMModel",

@@ -144,10 +144,21 @@ def encode_visible(
     Returns:
         (batch, prefix + visible, hidden), after the final norm.
     """
+    return backbone.layernorm(encode_blocks(backbone, pixel_values, None, visible, **kwargs))
+
+
+def encode_blocks(
+    backbone: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    depth: int | None = None,
+    visible: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """As `encode_visible`, after the first `depth` blocks, by default all, and without the final norm."""
     hidden_states = _embed_visible(backbone, pixel_values, visible)
-    for layer in _layers(backbone):
+    for layer in _layers(backbone)[:depth]:
         hidden_states = layer(hidden_states, None, **kwargs)
-    return backbone.layernorm(hidden_states)
+    return hidden_states
 
 
 def _embed_visible(backbone, pixel_values, visible):
