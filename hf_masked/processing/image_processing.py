@@ -282,7 +282,7 @@ class MaskedImageProcessor(PretrainingImageProcessor):
         if self.mask_kind == "model":
             return
         if self.mask_kind not in masks.MASKS:
-            known = ", ".join(["model", *sorted(masks.MASKS)])
+            known = ", ".join(sorted([*masks.MASKS, "model"]))
             raise ValueError(f"Unknown mask_kind {self.mask_kind!r}; known are {known}.")
         # A mask now finds unfit options before a run does.
         masks.make_mask(

@@ -275,7 +275,7 @@ class HPMForImageClassification(MAEForImageClassification):
 def hard_patch_mask(
     loss_map: torch.Tensor, noise: torch.Tensor, grid: tuple[int, int], ratio: float, num_hard: int
 ) -> torch.Tensor:
-    """Masks the units with the largest predicted losses, and of the others random ones (paper, section 3.3).
+    """Masks the units with the largest predicted losses, and of the others random ones (`generate_mask`).
 
     Args:
         loss_map: float (batch, units).
@@ -292,10 +292,10 @@ def hard_patch_mask(
 
 
 def relative_order_loss(predicted: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of which of two patches has the larger loss, over all pairs that differ (paper, equation 6).
+    """Cross-entropy of which of two patches has the larger loss, over all pairs that differ (`forward_learning_loss`).
 
-    With s the predictions and l the losses: the mean of -log(sigmoid(s_j - s_i) + 1e-6) over l_j > l_i. The sum over
-    ordered pairs in the paper holds each term twice.
+    With s the predictions and l the losses: the mean of -log(sigmoid(s_j - s_i) + 1e-6) over l_j > l_i. The
+    reference sums over ordered pairs, which hold each term twice.
 
     Args:
         predicted: float32 (batch, n).

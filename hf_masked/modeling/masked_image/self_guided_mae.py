@@ -204,7 +204,7 @@ def in_eval_mode(module: nn.Module):
 
 
 def normalized_cut(features: torch.Tensor, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cuts each sample's units in two where they are least alike (Shi and Malik, PAMI 2000; paper, section 3).
+    """Cuts each sample's units in two where they are least alike (Shi and Malik, PAMI 2000).
 
     The second-smallest generalised eigenvector of (D - W) y = lambda D y, where W holds the affinities and D their
     sums, split at its mean. As in TokenCut the first cluster is the one with the entry furthest from the mean.

@@ -200,6 +200,15 @@ def test_without_loss_prediction_it_is_mae():
     assert torch.equal(ours.loss, theirs.loss) and torch.equal(ours.mask, theirs.mask)
 
 
+def test_masks_that_are_given_are_used():
+    torch.manual_seed(0)
+    model = HPMForPreTraining(tiny_config()).eval()
+    model.training_progress = 1.0
+    mask = torch.arange(16).expand(2, -1) % 4 > 0
+    output = model(torch.randn(2, 3, 32, 32), bool_masked_pos=mask)
+    assert torch.equal(output.mask, mask) and output.loss.isfinite()
+
+
 def test_relative_loss_knows_its_limits():
     losses = torch.rand(4, 20).sort(dim=1).values
     assert relative_order_loss(100 * torch.arange(20.0).expand(4, -1), losses).abs() < 1e-5
