@@ -15,7 +15,8 @@ from transformers import AutoModelForImageClassification
 from hf_masked.modeling.masked_image import mae
 from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 from hf_masked.modeling.outputs import MaskedPreTrainingOutput
-from hf_masked.modeling.parts.backbones import encode_blocks, num_prefix_tokens
+from hf_masked.modeling.parts.backbones import encode_blocks, encode_visible, num_prefix_tokens
+from hf_masked.modeling.parts.blocks import SelfAttention
 from hf_masked.modeling.parts.patches import patchify, unpatchify
 from hf_masked.modeling.registry import register_variant
 from hf_masked.processing.masks import random_mask
@@ -175,6 +176,35 @@ class SelfGuidedMAEForPreTraining(MAEForPreTraining):
         return self.main_cluster(pixel_values)[0].unflatten(1, grid)
 
     @torch.no_grad()
+    def exploitation_rates(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much attention masked positions pay in each block of the decoder to mask tokens and to visible patches.
+
+        The paper starts to guide where mask tokens, which by then carry what the patches share, overtake visible ones.
+        Not for sharded models, whose blocks' weights cannot be read.
+
+        Returns:
+            masked, visible: float32 (blocks,), means over the pictures and heads; with the prefix tokens' share they
+            add up to 1.
+        """
+        grid = self._check_inputs(pixel_values, bool_masked_pos)
+        if bool_masked_pos is None:
+            bool_masked_pos = self.draw_mask(pixel_values, grid, progress=0.0)
+        visible = self._visible(bool_masked_pos, grid)
+        sequence = self.decoder.embed(encode_visible(self.backbone, pixel_values, visible), visible, grid)
+        rates = []
+        for layer in self.decoder.layers:
+            weights = attention_weights(layer.attention, layer.attention_norm(sequence))
+            units = weights[..., self.decoder.num_prefix_tokens :, self.decoder.num_prefix_tokens :].mean(dim=1)
+            from_masked = units[bool_masked_pos]  # (masked positions, units)
+            on_masked = bool_masked_pos.repeat_interleave(bool_masked_pos.sum(dim=1), dim=0)
+            rates.append([(from_masked * keys).sum(dim=1).mean() for keys in (on_masked, ~on_masked)])
+            sequence = layer(sequence)
+        masked, visible = torch.tensor(rates).unbind(dim=1)
+        return masked, visible
+
+    @torch.no_grad()
     def pictures(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> dict:
         """MAE's panels, with a mask as at the end of training, and the main cluster."""
         grid = self._check_inputs(pixel_values, bool_masked_pos)
@@ -190,6 +220,13 @@ class SelfGuidedMAEForImageClassification(MAEForImageClassification):
     """MAE's fine-tuning head on the encoder of Self-guided MAE."""
 
     config: SelfGuidedMAEConfig
+
+
+def attention_weights(attention: SelfAttention, hidden_states: torch.Tensor) -> torch.Tensor:
+    """float32 (batch, heads, tokens, tokens) of a block that does not hand them out."""
+    qkv = attention.qkv(hidden_states).unflatten(2, (3, attention.num_attention_heads, -1))
+    query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, heads, tokens, head width) each
+    return (query @ key.transpose(-1, -2) * attention.scaling).float().softmax(dim=-1)
 
 
 @contextmanager

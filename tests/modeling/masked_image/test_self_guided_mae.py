@@ -213,6 +213,29 @@ def test_clustered_features_are_those_of_the_layer_asked_for():
     assert torch.equal(model.main_cluster(pixel_values)[1], relevances[2])
 
 
+def test_exploitation_rates_are_shares_of_the_attention():
+    model = tiny_model(decoder_num_hidden_layers=2).eval()
+    pixel_values, mask = torch.randn(2, 3, 32, 32), (torch.arange(16) > 3).expand(2, -1)
+    masked, visible = model.exploitation_rates(pixel_values, mask)
+    assert masked.shape == (2,) and ((masked + visible) < 1).all() and (visible > 0).all()
+    with torch.no_grad():
+        model.decoder.layers[0].attention.qkv.weight.zero_()
+    # Uniform attention: 12 mask tokens, 4 visible patches and the class token.
+    masked, visible = model.exploitation_rates(pixel_values, mask)
+    assert masked[0].item() == pytest.approx(12 / 17, abs=1e-5) and visible[0].item() == pytest.approx(
+        4 / 17, abs=1e-5
+    )
+    # Keys that point towards the mask token draw the attention of all.
+    with torch.no_grad():
+        attention, width = model.decoder.layers[0].attention, model.config.decoder_hidden_size
+        attention.qkv.bias[:width] = 30.0
+        attention.qkv.weight[width : 2 * width] = model.decoder.mask_token[0] / model.decoder.mask_token.norm()
+        model.decoder.position_embeddings.zero_()
+        model.decoder.embedding.weight.zero_()
+    masked, visible = model.exploitation_rates(pixel_values, mask)
+    assert masked[0] > 0.99 and visible[0] < 0.01
+
+
 def test_too_large_a_cluster_is_the_background():
     pixel_values = torch.randn(8, 3, 32, 32)
     anything = tiny_model(max_target_share=1.0).segment(pixel_values)
