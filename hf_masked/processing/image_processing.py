@@ -239,7 +239,8 @@ class MaskedImageProcessor(PretrainingImageProcessor):
     """Makes the inputs of masked image modelling.
 
     Args:
-        mask_kind: a name in `hf_masked.processing.masks.MASKS`, or None for no mask.
+        mask_kind: a name in `hf_masked.processing.masks.MASKS`; "model" for models that choose their masks themselves,
+            which get `noise`, one number per mask unit, for the random part; or None for no mask.
         mask_unit: side of a mask unit in pixels, or (height, width): the model's patch size, for most methods.
         mask_ratio: share of masked units.
         mask_options: further arguments of the mask function.
@@ -247,7 +248,7 @@ class MaskedImageProcessor(PretrainingImageProcessor):
         kwargs: of `PretrainingImageProcessor`.
     """
 
-    model_input_names = ["pixel_values", "bool_masked_pos", "bool_predicted_pos"]  # noqa: RUF012 (transformers' own declaration)
+    model_input_names = ["pixel_values", "bool_masked_pos", "bool_predicted_pos", "noise"]  # noqa: RUF012
     # Without a default on the class, transformers would leave None out when saving, and "random" would come back.
     mask_kind: str | None = "random"
 
@@ -286,8 +287,11 @@ class MaskedImageProcessor(PretrainingImageProcessor):
                 f"prediction_ratio is {self.prediction_ratio}; it must lie in (0, mask_ratio], mask_ratio being "
                 f"{self.mask_ratio}. None predicts all that is masked."
             )
+        if self.mask_kind == "model":
+            return
         if self.mask_kind not in masks.MASKS:
-            raise ValueError(f"Unknown mask_kind {self.mask_kind!r}; known are {', '.join(sorted(masks.MASKS))}.")
+            known = ", ".join(sorted([*masks.MASKS, "model"]))
+            raise ValueError(f"Unknown mask_kind {self.mask_kind!r}; known are {known}.")
         # A mask now finds unfit options before a run does.
         masks.make_mask(
             self.mask_kind,
@@ -315,14 +319,18 @@ class MaskedImageProcessor(PretrainingImageProcessor):
             pixel_values: float32 (batch, channels, height, width), normalised.
             bool_masked_pos: bool (batch, units), True = masked, raster order, where a mask was asked for.
             bool_predicted_pos: bool (batch, units), True = masked and to predict, with a `prediction_ratio`.
+            noise: float32 (batch, units) in [0, 1), in place of masks with `mask_kind="model"`.
         """
         inputs = super().finish(pixels, augment_keys)
-        if mask_keys is not None and self.mask_kind is not None:
-            draw = keyed_draw(mask_keys.to(pixels.device))
-            mask = masks.make_mask(self.mask_kind, draw, self.mask_grid, self.mask_ratio, **self.mask_options)
-            inputs["bool_masked_pos"] = mask
-            if self.prediction_ratio is not None:
-                inputs["bool_predicted_pos"] = masks.partial_mask(draw, mask, self.mask_ratio, self.prediction_ratio)
+        if mask_keys is None or self.mask_kind is None:
+            return inputs
+        draw = keyed_draw(mask_keys.to(pixels.device))
+        if self.mask_kind == "model":
+            return inputs | {"noise": draw(self.mask_grid[0] * self.mask_grid[1])}
+        mask = masks.make_mask(self.mask_kind, draw, self.mask_grid, self.mask_ratio, **self.mask_options)
+        inputs["bool_masked_pos"] = mask
+        if self.prediction_ratio is not None:
+            inputs["bool_predicted_pos"] = masks.partial_mask(draw, mask, self.mask_ratio, self.prediction_ratio)
         return inputs
 
     def _finish_keys(self, indices, seed, epochs, training):

@@ -200,6 +200,7 @@ def test_training_crops_are_of_the_set_size():
         {"num_channels": 13, "image_mean": 0.4, "image_std": list(range(1, 14)), "size": {"height": 32, "width": 64}},
         {"photometric": STRONG, "crop_scale": (0.5, 0.9), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0},
         {"mask_kind": None, "size": 30, "resample": 2, "crop_fraction": 1.0},
+        {"mask_kind": "model", **SMALL},
     ],
 )
 def test_saved_processor_comes_back(settings, tmp_path):
@@ -224,6 +225,19 @@ def test_numpy_arrays_on_request():
 
 def test_no_mask_without_a_kind():
     assert list(MaskedImageProcessor(mask_kind=None, size=30)(pictures())) == ["pixel_values"]
+
+
+def test_models_that_choose_their_masks_get_numbers_of_each_sample():
+    processor = MaskedImageProcessor(mask_kind="model", **SMALL)
+    inputs = processor(pictures(), training=True, seed=3)
+    assert set(inputs) == {"pixel_values", "noise"} and inputs["noise"].shape == (4, 16)
+    # The mask that MAE would get of the same numbers.
+    masks = MaskedImageProcessor(**SMALL)(pictures(), training=True, seed=3)["bool_masked_pos"]
+    assert torch.equal(inputs["noise"].argsort(dim=1).argsort(dim=1) >= 4, masks)
+    keys = sample_keys(0, 0, [5, 2, 7], purpose=MASK)
+    pixels = processor.prepare(pictures(3))
+    together = processor.finish(pixels, mask_keys=keys)["noise"]
+    assert torch.equal(together[1:2], processor.finish(pixels[1:2], mask_keys=keys[1:2])["noise"])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hf_masked.modeling.masked_image.crossmae import (
     CrossMAEForPreTraining,
     CrossMAEModel,
 )
+from hf_masked.modeling.masked_image.hpm import HPMConfig, HPMForImageClassification, HPMForPreTraining, HPMModel
 from hf_masked.modeling.masked_image.localmim import (
     LocalMIMConfig,
     LocalMIMForImageClassification,
@@ -20,6 +21,12 @@ from hf_masked.modeling.masked_image.localmim import (
 )
 from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 from hf_masked.modeling.masked_image.maskfeat import MaskFeatConfig, MaskFeatForPreTraining, MaskFeatModel
+from hf_masked.modeling.masked_image.self_guided_mae import (
+    SelfGuidedMAEConfig,
+    SelfGuidedMAEForImageClassification,
+    SelfGuidedMAEForPreTraining,
+    SelfGuidedMAEModel,
+)
 from hf_masked.modeling.masked_image.simmim import SimMIMConfig, SimMIMForPreTraining, SimMIMModel
 
 __all__ = [
@@ -31,6 +38,10 @@ __all__ = [
     "CrossMAEForImageClassification",
     "CrossMAEForPreTraining",
     "CrossMAEModel",
+    "HPMConfig",
+    "HPMForImageClassification",
+    "HPMForPreTraining",
+    "HPMModel",
     "LocalMIMConfig",
     "LocalMIMForImageClassification",
     "LocalMIMForPreTraining",
@@ -42,6 +53,10 @@ __all__ = [
     "MaskFeatConfig",
     "MaskFeatForPreTraining",
     "MaskFeatModel",
+    "SelfGuidedMAEConfig",
+    "SelfGuidedMAEForImageClassification",
+    "SelfGuidedMAEForPreTraining",
+    "SelfGuidedMAEModel",
     "SimMIMConfig",
     "SimMIMForPreTraining",
     "SimMIMModel",

@@ -257,10 +257,14 @@ class MAEForPreTraining(MAEPreTrainedModel):
 
     def loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
         """Mean squared error over the pixels of masked patches (paper, section 3; `forward_loss`)."""
+        return masked_mean(self.loss_per_unit(pixel_values, logits), bool_masked_pos)
+
+    def loss_per_unit(self, pixel_values: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Mean squared error over the values of each patch, float32 (batch, units)."""
         target = patchify(pixel_values.float(), self.patch_size)  # (batch, units, values)
         if self.config.norm_pix_loss:
             target = normalize_patches(target)
-        return masked_mean((logits.float() - target).square().mean(dim=-1), bool_masked_pos)
+        return (logits.float() - target).square().mean(dim=-1)
 
     def reconstruct(
         self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None

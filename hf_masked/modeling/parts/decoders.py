@@ -69,13 +69,20 @@ class MaskTokenDecoder(nn.Module):
         Returns:
             (batch, units, output), raster order.
         """
+        return self.predict(self.embed(tokens, visible, grid))
+
+    def embed(self, tokens: torch.Tensor, visible: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """What the blocks are given, (batch, prefix + units, hidden); arguments as of `forward`."""
         tokens = self.embedding(tokens)  # (batch, prefix + visible, hidden)
         positions = interpolate_positions(self.position_embeddings, self.grid, grid)
         # Row 0 of the sequence is the first prefix token, so unit i stands at prefix + i.
         prefix = torch.arange(self.num_prefix_tokens, device=tokens.device).expand(tokens.shape[0], -1)
         places = torch.cat([prefix, visible + self.num_prefix_tokens], dim=1).unsqueeze(-1).expand_as(tokens)
         sequence = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], positions.shape[1], -1)
-        sequence = sequence.scatter(1, places, tokens) + positions  # (batch, prefix + units, hidden)
+        return sequence.scatter(1, places, tokens) + positions  # (batch, prefix + units, hidden)
+
+    def predict(self, sequence: torch.Tensor) -> torch.Tensor:
+        """(batch, prefix + units, hidden) of `embed` -> (batch, units, output)."""
         for layer in self.layers:
             sequence = layer(sequence)
         return self.head(self.norm(sequence[:, self.num_prefix_tokens :]))

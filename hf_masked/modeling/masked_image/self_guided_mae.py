@@ -1,0 +1,351 @@
+"""Self-guided MAE: once the encoder's own features tell the main object from the rest, mask that object.
+
+Jeongwoo Shin et al., "Self-Guided Masked Autoencoder", NeurIPS 2024, arXiv 2507.19773. No reference implementation is
+public: what is marked "our choice" below could not be checked against one.
+"""
+
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForImageClassification
+
+from hf_masked.modeling.masked_image import mae
+from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
+from hf_masked.modeling.outputs import MaskedPreTrainingOutput
+from hf_masked.modeling.parts.backbones import encode_visible, num_prefix_tokens, visible_feature_maps
+from hf_masked.modeling.parts.blocks import SelfAttention
+from hf_masked.modeling.parts.patches import patchify, unpatchify
+from hf_masked.modeling.registry import register_variant
+from hf_masked.processing.masks import random_mask
+from hf_masked.randomness import given_draw, model_draw
+
+AFFINITIES = ("relu", "binary")
+HINT_STRATEGIES = ("random", "similarity")
+
+# Below this second eigenvalue the affinities of a picture are those of one single cluster (our choice).
+SINGLE_CLUSTER = 1e-4
+
+
+class SelfGuidedMAEConfig(MAEConfig):
+    """Config of Self-guided MAE: MAE's, and the following.
+
+    Args:
+        guide_start: share of training with MAE's random masks; the paper's 50 of 400 epochs.
+        guide_layer: index of the encoder's block whose output is clustered; the last by default.
+        affinity: of two patches: the cosine of their features where it is positive ("relu", our choice), or whether
+            it exceeds `affinity_threshold` ("binary", as in TokenCut, arXiv 2202.11539).
+        affinity_threshold: of "binary".
+        max_target_share: a cluster with a larger share of the patches is taken for background (our choice).
+        hint_ratio_start, hint_ratio_end: share of the main cluster that stays visible, at `guide_start` and at the end
+            of training, linear in between (our choice).
+        hint_strategy: which patches of the cluster stay visible: "random" ones, or those most similar to its mean.
+    """
+
+    model_type = "hf_masked_self_guided_mae"
+    paper_title: ClassVar[str] = "Self-Guided Masked Autoencoder"
+    paper_year: ClassVar[int] = 2024
+    arxiv_id: ClassVar[str] = "2507.19773"
+    reference_repository: ClassVar[None] = None
+    weights_licence: ClassVar[None] = None
+    masks: ClassVar[str] = "random patches at first, then those of the main cluster of the encoder's features"
+
+    guide_start: float = 0.125
+    guide_layer: int = -1
+    affinity: str = "relu"
+    affinity_threshold: float = 0.2
+    max_target_share: float = 0.75
+    hint_ratio_start: float = 0.10
+    hint_ratio_end: float = 0.05
+    hint_strategy: str = "random"
+
+    def check(self) -> None:
+        super().check()
+        if self.mask_kind != "random":
+            raise ValueError(
+                f"mask_kind is {self.mask_kind!r}: Self-guided MAE chooses its masks itself, from random ones. For "
+                "masks of another kind set the processor's `mask_kind`."
+            )
+        if not 0.0 <= self.guide_start < 1.0:
+            raise ValueError(f"guide_start is {self.guide_start}; it must lie in [0, 1), for example 0.125.")
+        for name in ("max_target_share", "hint_ratio_start", "hint_ratio_end"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
+        layers = self.backbone_config.num_hidden_layers
+        if not -layers <= self.guide_layer < layers:
+            raise ValueError(f"guide_layer is {self.guide_layer}; the backbone has {layers} blocks.")
+        if self.affinity not in AFFINITIES:
+            raise ValueError(f"affinity is {self.affinity!r}; it must be one of {', '.join(AFFINITIES)}.")
+        if self.hint_strategy not in HINT_STRATEGIES:
+            raise ValueError(
+                f"hint_strategy is {self.hint_strategy!r}; it must be one of {', '.join(HINT_STRATEGIES)}."
+            )
+
+    def processor_settings(self) -> dict:
+        return super().processor_settings() | {"mask_kind": "model"}
+
+
+class SelfGuidedMAEModel(MAEModel):
+    """The encoder, MAE's: without a mask the plain backbone, with one it sees the visible patches only."""
+
+    config: SelfGuidedMAEConfig
+
+
+class SelfGuidedMAEForPreTraining(MAEForPreTraining):
+    """MAE, whose encoder chooses the masks once it can."""
+
+    config: SelfGuidedMAEConfig
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        return_loss: bool = True,
+        **kwargs,
+    ) -> MaskedPreTrainingOutput:
+        """One step of masked autoencoding.
+
+        Args:
+            pixel_values: float (batch, channels, height, width), normalised; the patch must divide both sizes.
+            bool_masked_pos: bool (batch, units), True = masked, the same count in each row; by default the model
+                chooses, as far into training as `self.training_progress` says.
+            noise: float (batch, units), distinct numbers for what is random in the mask: the smallest stay visible.
+            generator: to draw them from.
+            return_loss: whether to compute the loss.
+
+        Returns:
+            `MaskedPreTrainingOutput`, as MAE's.
+
+        Raises:
+            ValueError: for other channels, sizes or mask shapes.
+        """
+        grid = self._check_inputs(pixel_values, bool_masked_pos)
+        # Out here, so that hidden states and attentions that are asked for are those of the visible patches.
+        if bool_masked_pos is None:
+            bool_masked_pos = self.draw_mask(pixel_values, grid, noise, generator)
+        return super().forward(pixel_values, bool_masked_pos, return_loss=return_loss, **kwargs)
+
+    def draw_mask(self, pixel_values, grid, noise=None, generator=None, progress: float | None = None) -> torch.Tensor:
+        """bool (batch, units): random before `guide_start`, then the main cluster but for its hints.
+
+        Args:
+            noise, generator: of what is random; see `model_draw`.
+            progress: of training, by default `self.training_progress`.
+        """
+        config = self.config
+        progress = self.training_progress if progress is None else progress
+        draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
+        if progress < config.guide_start:
+            return random_mask(draw, grid, config.mask_ratio)
+        guided = (progress - config.guide_start) / (1.0 - config.guide_start)
+        hint_ratio = config.hint_ratio_start + (config.hint_ratio_end - config.hint_ratio_start) * guided
+        target, relevance = self.main_cluster(pixel_values)
+        noise = draw(target.shape[1])
+        hints = choose_hints(target, relevance, noise, grid, config.mask_ratio, hint_ratio, config.hint_strategy)
+        return relevance_mask(relevance, hints, noise, grid, config.mask_ratio)
+
+    @torch.no_grad()
+    def main_cluster(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The main object, as the encoder sees the whole picture.
+
+        Returns:
+            target: bool (batch, units), True = of the object; nowhere where there is no second cluster.
+            relevance: float32 (batch, units), cosine to the object's mean.
+        """
+        config = self.config
+        self._check_inputs(pixel_values, None)
+        depth = config.guide_layer % config.backbone_config.num_hidden_layers + 1
+        with in_eval_mode(self.backbone):
+            tokens = visible_feature_maps(self.backbone, pixel_values, depth=depth)[
+                -1
+            ]  # (batch, prefix + units, hidden)
+        # Eigenvectors need float32, whatever the autocast.
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            features = tokens[:, num_prefix_tokens(config.backbone_config) :].float()
+            threshold = config.affinity_threshold if config.affinity == "binary" else None
+            target, _ = normalized_cut(features, threshold)
+            too_large = target.float().mean(dim=1, keepdim=True) > config.max_target_share
+            target = target ^ too_large
+            return target, relevance_to(features, target)
+
+    def segment(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """bool (batch, rows, columns): True = a patch of the main object."""
+        grid = self._check_inputs(pixel_values, None)
+        return self.main_cluster(pixel_values)[0].unflatten(1, grid)
+
+    @torch.no_grad()
+    def exploitation_rates(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much attention masked positions pay in each block of the decoder to mask tokens and to visible patches.
+
+        The paper starts to guide where mask tokens, which by then carry what the patches share, overtake visible ones.
+        Not for sharded models, whose blocks' weights cannot be read.
+
+        Returns:
+            masked, visible: float32 (blocks,), means over the pictures and heads; with the prefix tokens' share they
+            add up to 1.
+        """
+        grid = self._check_inputs(pixel_values, bool_masked_pos)
+        if bool_masked_pos is None:
+            bool_masked_pos = self.draw_mask(pixel_values, grid, progress=0.0)
+        visible = self._visible(bool_masked_pos, grid)
+        sequence = self.decoder.embed(encode_visible(self.backbone, pixel_values, visible), visible, grid)
+        rates = []
+        for layer in self.decoder.layers:
+            weights = attention_weights(layer.attention, layer.attention_norm(sequence))
+            units = weights[..., self.decoder.num_prefix_tokens :, self.decoder.num_prefix_tokens :].mean(dim=1)
+            from_masked = units[bool_masked_pos]  # (masked positions, units)
+            on_masked = bool_masked_pos.repeat_interleave(bool_masked_pos.sum(dim=1), dim=0)
+            rates.append([(from_masked * keys).sum(dim=1).mean() for keys in (on_masked, ~on_masked)])
+            sequence = layer(sequence)
+        masked, visible = torch.tensor(rates).unbind(dim=1)
+        return masked, visible
+
+    @torch.no_grad()
+    def pictures(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> dict:
+        """MAE's panels, with a mask as at the end of training, and the main cluster."""
+        grid = self._check_inputs(pixel_values, bool_masked_pos)
+        if bool_masked_pos is None:
+            bool_masked_pos = self.draw_mask(pixel_values, grid, progress=1.0)
+        patches = patchify(pixel_values.float(), self.patch_size)
+        cluster = patches.masked_fill(~self.main_cluster(pixel_values)[0].unsqueeze(-1), 0.0)
+        panels = super().pictures(pixel_values, bool_masked_pos)
+        return panels | {"main cluster": unpatchify(cluster, grid, self.patch_size)}
+
+
+class SelfGuidedMAEForImageClassification(MAEForImageClassification):
+    """MAE's fine-tuning head on the encoder of Self-guided MAE."""
+
+    config: SelfGuidedMAEConfig
+
+
+def attention_weights(attention: SelfAttention, hidden_states: torch.Tensor) -> torch.Tensor:
+    """float32 (batch, heads, tokens, tokens) of a block that does not hand them out."""
+    qkv = attention.qkv(hidden_states).unflatten(2, (3, attention.num_attention_heads, -1))
+    query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, heads, tokens, head width) each
+    return (query @ key.transpose(-1, -2) * attention.scaling).float().softmax(dim=-1)
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module):
+    """Without dropout for a while."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def normalized_cut(features: torch.Tensor, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cuts each sample's units in two where they are least alike (Shi and Malik, PAMI 2000).
+
+    The second-smallest generalised eigenvector of (D - W) y = lambda D y, where W holds the affinities and D their
+    sums, split at its mean. As in TokenCut the first cluster is the one with the entry furthest from the mean.
+
+    Args:
+        features: float32 (batch, units, dim), of any scale.
+        threshold: affinities are 1 where the cosine exceeds it; by default they are the cosine where it is positive.
+
+    Returns:
+        partition: bool (batch, units), True = of the first cluster; nowhere in samples that are one single cluster.
+        vector: float32 (batch, units), the eigenvector with its sign such that the first cluster lies above the mean;
+            zero in samples that are one single cluster.
+    """
+    features = F.normalize(features, dim=-1)
+    cosine = features @ features.transpose(1, 2)
+    # The small number keeps the graph connected.
+    affinity = (cosine.clamp(min=0.0) if threshold is None else (cosine > threshold).float()) + 1e-5
+    scale = affinity.sum(dim=2).rsqrt()  # (batch, units)
+    values, vectors = torch.linalg.eigh(scale[:, :, None] * affinity * scale[:, None, :])
+    clusters = values[:, -2:-1] > SINGLE_CLUSTER  # (batch, 1)
+    vector = torch.where(clusters, scale * vectors[:, :, -2], 0.0)
+    deviation = vector - vector.mean(dim=1, keepdim=True)
+    peak = deviation.gather(1, deviation.abs().argmax(dim=1, keepdim=True))
+    return deviation * peak > 0, vector * peak.sign()
+
+
+def relevance_to(features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Cosine of each unit's features and the mean of the target's; 0 where there is no target.
+
+    Args:
+        features: float32 (batch, units, dim).
+        target: bool (batch, units).
+    """
+    features = F.normalize(features, dim=-1)
+    mean = F.normalize(target.unsqueeze(1).float() @ features, dim=-1)  # (batch, 1, dim)
+    return (mean @ features.transpose(1, 2)).squeeze(1)
+
+
+def choose_hints(
+    target: torch.Tensor,
+    relevance: torch.Tensor,
+    noise: torch.Tensor,
+    grid: tuple[int, int],
+    ratio: float,
+    hint_ratio: float,
+    strategy: str = "random",
+) -> torch.Tensor:
+    """Units of the target that would be masked and shall not be, a share `hint_ratio` of the target.
+
+    Args:
+        target: bool (batch, units).
+        relevance: float (batch, units).
+        noise: float (batch, units), distinct numbers; with the strategy "random" the smallest are chosen.
+        grid, ratio: of the mask.
+        strategy: "random", or "similarity" for the most relevant.
+
+    Returns:
+        bool (batch, units).
+    """
+    candidates = target & relevance_mask(relevance, torch.zeros_like(target), noise, grid, ratio)
+    number = (hint_ratio * target.sum(dim=1, keepdim=True)).round()
+    keys = noise if strategy == "random" else -relevance
+    ranks = keys.masked_fill(~candidates, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    return candidates & (ranks < number)
+
+
+def relevance_mask(
+    relevance: torch.Tensor, hints: torch.Tensor, noise: torch.Tensor, grid: tuple[int, int], ratio: float
+) -> torch.Tensor:
+    """Masks the most relevant units but for the hints; among equals those with the smallest noise stay visible.
+
+    Args:
+        relevance: float (batch, units).
+        hints: bool (batch, units), no more than stay visible.
+        noise: float (batch, units), distinct numbers.
+        grid: (rows, columns) of units.
+        ratio: share of masked units.
+
+    Returns:
+        bool (batch, units), True = masked.
+    """
+    by_noise = noise.argsort(dim=1, stable=True)
+    order = by_noise.gather(1, relevance.gather(1, by_noise).argsort(dim=1, stable=True))
+    ranks = order.argsort(dim=1)  # of the relevance, from 0
+    return random_mask(given_draw(ranks.masked_fill(hints, -1)), grid, ratio)
+
+
+def tiny_config() -> SelfGuidedMAEConfig:
+    config = mae.tiny_config()
+    return SelfGuidedMAEConfig(
+        backbone_config=config.backbone_config,
+        decoder_hidden_size=config.decoder_hidden_size,
+        decoder_num_hidden_layers=config.decoder_num_hidden_layers,
+        decoder_num_attention_heads=config.decoder_num_attention_heads,
+        decoder_intermediate_size=config.decoder_intermediate_size,
+    )
+
+
+register_variant(
+    config=SelfGuidedMAEConfig,
+    pretraining=SelfGuidedMAEForPreTraining,
+    model=SelfGuidedMAEModel,
+    heads={AutoModelForImageClassification: SelfGuidedMAEForImageClassification},
+    tiny_config=tiny_config,
+)
