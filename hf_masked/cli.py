@@ -28,7 +28,7 @@ def list_methods() -> None:
     """Every method on one line."""
     from hf_masked import CATALOGUE
 
-    row = "{:<14}{:<6}{:<20}{:<8}{:<26}{:<48}{}"
+    row = "{:<17}{:<6}{:<14}{:<7}{:<26}{:<48}{}"
     typer.echo(row.format("method", "year", "family", "data", "backbones", "masks", "predicts"))
     for name, variant in sorted(CATALOGUE.items()):
         config = variant.config
