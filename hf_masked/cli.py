@@ -24,25 +24,34 @@ Output = Annotated[Path, typer.Argument(help="Folder to write.")]
 
 
 @app.command("list")
-def list_methods() -> None:
+def list_methods(
+    masks: Annotated[
+        bool, typer.Option("--masks", help="The kinds of masks instead, which any `mask_kind` takes.")
+    ] = False,
+) -> None:
     """Every method on one line."""
     from hf_masked import CATALOGUE
+    from hf_masked.processing.masks import MASKS
 
-    row = "{:<17}{:<6}{:<14}{:<7}{:<26}{:<48}{}"
-    typer.echo(row.format("method", "year", "family", "data", "backbones", "masks", "predicts"))
+    if masks:
+        _table(
+            [("mask", "what it is"), *((kind, inspect.getdoc(mask).splitlines()[0]) for kind, mask in MASKS.items())]
+        )
+        return
+    rows = [("method", "year", "family", "data", "backbones", "masks", "predicts")]
     for name, variant in sorted(CATALOGUE.items()):
         config = variant.config
-        typer.echo(
-            row.format(
-                name,
-                config.paper_year,
-                variant.family,
-                config.modality,
-                ", ".join(config.backbones[:3]) + (" ..." if len(config.backbones) > 3 else ""),
-                config.masks,
-                config.predicts,
-            )
-        )
+        backbones = ", ".join(config.backbones[:3]) + (" ..." if len(config.backbones) > 3 else "")
+        facts = (str(config.paper_year), variant.family, config.modality, backbones, config.masks, config.predicts)
+        rows.append((name, *facts))
+    _table(rows)
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    """Prints columns as wide as what stands in them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 @app.command()

@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForPreTraining, ViTConfig, pipeline
 
 from hf_masked import CATALOGUE, MAEConfig, MAEForPreTraining, MAEModel, MaskedImageProcessor
 from hf_masked.cli import main
+from hf_masked.processing.masks import MASKS
 from hf_masked.training.cards import write_card
 
 
@@ -63,6 +64,13 @@ def test_list_has_every_method_on_one_line(monkeypatch, capsys):
     for name, variant in CATALOGUE.items():
         line = next(line for line in lines if line.startswith(name))
         assert str(variant.config.paper_year) in line and variant.config.predicts in line
+
+
+def test_list_shows_the_kinds_of_masks(monkeypatch, capsys):
+    run(monkeypatch, "list", "--masks")
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[0] for line in lines] == ["mask", *MASKS]
+    assert all(len(line.split()) > 3 for line in lines[1:])
 
 
 def test_info_says_where_a_method_comes_from(monkeypatch, capsys):
