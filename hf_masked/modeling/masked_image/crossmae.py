@@ -20,7 +20,7 @@ from hf_masked.modeling.parts.backbones import backbone_grid, visible_feature_ma
 from hf_masked.modeling.parts.blocks import CrossAttentionBlock
 from hf_masked.modeling.parts.patches import check_mask, patchify, take, visible_indices
 from hf_masked.modeling.parts.position_embeddings import interpolate_positions, sincos_positions_2d
-from hf_masked.modeling.parts.state_dicts import rename_weights
+from hf_masked.modeling.parts.state_dicts import official_depth, official_vit_config, rename_weights
 from hf_masked.modeling.parts.targets import normalize_patches
 from hf_masked.modeling.registry import register_variant
 from hf_masked.processing.masks import make_mask, num_masked_units, num_skipped_units, partial_mask
@@ -319,7 +319,7 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> CrossMAEConfig:
         ValueError: if the number of heads cannot be known, because the width is none of the released ones, or if the
             checkpoint holds no decoder of CrossMAE.
     """
-    backbone_config = mae.official_backbone_config(state_dict, OFFICIAL_HEADS)
+    backbone_config = official_vit_config(state_dict, OFFICIAL_HEADS)
     if "decoder_blocks.0.cross_attn.q.weight" not in state_dict:
         raise ValueError(
             "The checkpoint holds no decoder of CrossMAE (decoder_blocks.0.cross_attn.q.weight): a fine-tuned one is "
@@ -330,7 +330,7 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> CrossMAEConfig:
     return CrossMAEConfig(
         backbone_config=backbone_config,
         decoder_hidden_size=hidden_size,
-        decoder_num_hidden_layers=mae.depth(state_dict, "decoder_blocks"),
+        decoder_num_hidden_layers=official_depth(state_dict, "decoder_blocks"),
         decoder_num_attention_heads=hidden_size // OFFICIAL_DECODER_HEAD,
         decoder_intermediate_size=state_dict["decoder_blocks.0.mlp.fc1.weight"].shape[0],
         weight_feature_maps=weights is not None,

@@ -34,11 +34,9 @@ from hf_masked.modeling.parts.hog import (
 )
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import pair, patchify, unpatchify
-from hf_masked.modeling.parts.state_dicts import rename_weights
+from hf_masked.modeling.parts.state_dicts import official_depth, official_vit_config, rename_weights
 from hf_masked.modeling.parts.targets import denormalize_patches, normalize_patches
 from hf_masked.modeling.registry import register_variant
-from hf_masked.processing.masks import make_mask
-from hf_masked.randomness import model_draw
 
 # Cells per patch and axis that there is a head for.
 SCALES = (4, 2, 1, 0.5)
@@ -283,11 +281,6 @@ class LocalMIMForPreTraining(MAEPreTrainedModel):
         self.config.check_grid(grid)
         return grid
 
-    def draw_mask(self, pixel_values, grid, noise=None, generator=None) -> torch.Tensor:
-        """bool (batch, units): from `noise`, from `generator`, or as `model_draw` says."""
-        draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
-        return make_mask(self.config.mask_kind, draw, grid, self.config.mask_ratio, **(self.config.mask_options or {}))
-
     def targets(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """What each layer should predict: float32 (batch, cells, values)."""
         config = self.config
@@ -381,30 +374,13 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> LocalMIMConfig:
     """
     if "blocks.0.attn.qkv.weight" not in state_dict or "decoder.3.pred.1.weight" not in state_dict:
         raise ValueError("The checkpoint holds no LocalMIM pretraining of a ViT; those of Swin are not converted.")
-    hidden_size, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-    if hidden_size not in OFFICIAL_HEADS:
-        raise ValueError(
-            f"The checkpoint's encoder is {hidden_size} wide and does not say how many heads it has, which is known "
-            f"for the reference's widths only ({', '.join(map(str, OFFICIAL_HEADS))}): pass a config."
-        )
-    layers = {int(name.split(".")[1]) for name in state_dict if name.startswith("blocks.")}
-    decoder_layers = {int(name.split(".")[3]) for name in state_dict if name.startswith("decoder.0.blocks.")}
-    backbone_config = ViTConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=max(layers) + 1,
-        num_attention_heads=OFFICIAL_HEADS[hidden_size],
-        intermediate_size=state_dict["blocks.0.mlp.fc1.weight"].shape[0],
-        layer_norm_eps=1e-6,
-        image_size=round((state_dict["pos_embed"].shape[1] - 1) ** 0.5) * patch_size,
-        patch_size=patch_size,
-        num_channels=num_channels,
-    )
+    backbone_config = official_vit_config(state_dict, OFFICIAL_HEADS)
     return LocalMIMConfig(
         backbone_config=backbone_config,
         decoder_hidden_size=state_dict["decoder.0.embed.weight"].shape[0],
-        decoder_num_hidden_layers=max(decoder_layers) + 1,
+        decoder_num_hidden_layers=official_depth(state_dict, "decoder.0.blocks"),
         decoder_intermediate_size=state_dict["decoder.0.blocks.0.mlp.fc1.weight"].shape[0],
-        hog_bins=state_dict["decoder.3.pred.1.weight"].shape[0] // num_channels,
+        hog_bins=state_dict["decoder.3.pred.1.weight"].shape[0] // backbone_config.num_channels,
         hog_random_bias="hog_enc.0.conv.bias" in state_dict,
     )
 

@@ -33,7 +33,7 @@ from hf_masked.modeling.parts.patches import (
     unpatchify,
     visible_indices,
 )
-from hf_masked.modeling.parts.state_dicts import rename_weights
+from hf_masked.modeling.parts.state_dicts import official_depth, official_vit_config, rename_weights
 from hf_masked.modeling.parts.targets import denormalize_patches, normalize_patches
 from hf_masked.modeling.registry import register_variant
 from hf_masked.processing.masks import MASKS, make_mask, num_masked_units
@@ -154,6 +154,11 @@ class MAEPreTrainedModel(VariantModel):
         compiling = torch.compiler.is_compiling()
         return visible_indices(bool_masked_pos, num_masked_units(grid, self.config.mask_ratio) if compiling else None)
 
+    def draw_mask(self, pixel_values, grid, noise=None, generator=None) -> torch.Tensor:
+        """bool (batch, units): from `noise`, from `generator`, or as `model_draw` says."""
+        draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
+        return make_mask(self.config.mask_kind, draw, grid, self.config.mask_ratio, **(self.config.mask_options or {}))
+
 
 class MAEModel(MAEPreTrainedModel):
     """The encoder: without a mask it is the plain backbone, with one it sees the visible patches only."""
@@ -249,11 +254,6 @@ class MAEForPreTraining(MAEPreTrainedModel):
             logits=logits,
             mask=bool_masked_pos,
         )
-
-    def draw_mask(self, pixel_values, grid, noise=None, generator=None) -> torch.Tensor:
-        """bool (batch, units): from `noise`, from `generator`, or as `model_draw` says."""
-        draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
-        return make_mask(self.config.mask_kind, draw, grid, self.config.mask_ratio, **(self.config.mask_options or {}))
 
     def loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
         """Mean squared error over the pixels of masked patches (paper, section 3; `forward_loss`)."""
@@ -353,41 +353,15 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> MAEConfig:
     Raises:
         ValueError: if the number of heads cannot be known, because the width is none of the released ones.
     """
-    backbone_config = official_backbone_config(state_dict, OFFICIAL_HEADS)
+    backbone_config = official_vit_config(state_dict, OFFICIAL_HEADS)
     if "decoder_embed.weight" not in state_dict:
         return MAEConfig(backbone_config=backbone_config)
     return MAEConfig(
         backbone_config=backbone_config,
         decoder_hidden_size=state_dict["decoder_embed.weight"].shape[0],
-        decoder_num_hidden_layers=depth(state_dict, "decoder_blocks"),
+        decoder_num_hidden_layers=official_depth(state_dict, "decoder_blocks"),
         decoder_intermediate_size=state_dict["decoder_blocks.0.mlp.fc1.weight"].shape[0],
     )
-
-
-def official_backbone_config(state_dict: dict[str, torch.Tensor], heads: dict[int, int]) -> ViTConfig:
-    """The encoder's config, with the number of heads by width; raises as `official_config`."""
-    hidden_size, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-    if hidden_size not in heads:
-        raise ValueError(
-            f"The checkpoint's encoder is {hidden_size} wide and does not say how many heads it has, which is known "
-            f"for the released widths only ({', '.join(map(str, heads))}): pass a config."
-        )
-    grid = round((state_dict["pos_embed"].shape[1] - 1) ** 0.5)
-    return ViTConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=depth(state_dict, "blocks"),
-        num_attention_heads=heads[hidden_size],
-        intermediate_size=state_dict["blocks.0.mlp.fc1.weight"].shape[0],
-        layer_norm_eps=1e-6,
-        image_size=grid * patch_size,
-        patch_size=patch_size,
-        num_channels=num_channels,
-    )
-
-
-def depth(state_dict: dict, blocks: str) -> int:
-    """How many blocks of a name an official checkpoint holds."""
-    return 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith(f"{blocks}."))
 
 
 # Official name -> ours.

@@ -24,7 +24,7 @@ from hf_masked.modeling.parts.backbones import (
 from hf_masked.modeling.parts.hog import cells_to_units, hog, hog_glyphs, units_to_cells
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, patchify, unpatchify
-from hf_masked.modeling.parts.state_dicts import rename_weights
+from hf_masked.modeling.parts.state_dicts import official_vit_config, rename_weights
 from hf_masked.modeling.registry import register_variant
 from hf_masked.processing.masks import MASKS, make_mask
 from hf_masked.randomness import model_draw
@@ -263,24 +263,7 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> MaskFeatConfig:
     kernel = state_dict["patch_embed.proj.weight"]
     if kernel.ndim != 4:
         raise ValueError("The checkpoint is one of MaskFeat for video, an MViT; only those of ViTs are converted.")
-    hidden_size, num_channels, patch_size, _ = kernel.shape
-    if hidden_size not in OFFICIAL_HEADS:
-        raise ValueError(
-            f"The checkpoint's encoder is {hidden_size} wide and does not say how many heads it has, which is known "
-            f"for the released widths only ({', '.join(map(str, OFFICIAL_HEADS))}): pass a config."
-        )
-    layers = {int(name.split(".")[1]) for name in state_dict if name.startswith("blocks.")}
-    backbone_config = ViTConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=max(layers) + 1,
-        num_attention_heads=OFFICIAL_HEADS[hidden_size],
-        intermediate_size=state_dict["blocks.0.mlp.fc1.weight"].shape[0],
-        layer_norm_eps=1e-6,
-        image_size=round((state_dict["pos_embed"].shape[1] - 1) ** 0.5) * patch_size,
-        patch_size=patch_size,
-        num_channels=num_channels,
-    )
-    return MaskFeatConfig(backbone_config=backbone_config)
+    return MaskFeatConfig(backbone_config=official_vit_config(state_dict, OFFICIAL_HEADS))
 
 
 # Official name -> ours.

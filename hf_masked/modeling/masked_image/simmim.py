@@ -21,7 +21,7 @@ from hf_masked.modeling.parts.heads import init_as_torch
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, patch_grid
 from hf_masked.modeling.parts.relative_positions import TABLE
-from hf_masked.modeling.parts.state_dicts import rename_weights
+from hf_masked.modeling.parts.state_dicts import official_depth, rename_weights
 from hf_masked.modeling.registry import register_variant
 from hf_masked.processing.masks import make_mask, num_masked_units
 from hf_masked.randomness import model_draw
@@ -377,7 +377,7 @@ def _official_vit(state_dict: dict[str, torch.Tensor]) -> BeitConfig:
     positions, heads = state_dict["encoder.rel_pos_bias.relative_position_bias_table"].shape
     return simmim_vit(
         hidden_size=hidden_size,
-        num_hidden_layers=_count(state_dict, "encoder.blocks."),
+        num_hidden_layers=official_depth(state_dict, "encoder.blocks"),
         num_attention_heads=heads,
         intermediate_size=state_dict["encoder.blocks.0.mlp.fc1.weight"].shape[0],
         image_size=_window(positions - 3) * patch_size,
@@ -388,14 +388,14 @@ def _official_vit(state_dict: dict[str, torch.Tensor]) -> BeitConfig:
 
 def _official_swin(state_dict: dict[str, torch.Tensor]) -> SwinConfig:
     embed_dim, num_channels, patch_size, _ = state_dict["encoder.patch_embed.proj.weight"].shape
-    stages = range(_count(state_dict, "encoder.layers."))
+    stages = range(official_depth(state_dict, "encoder.layers"))
     tables = [state_dict[f"encoder.layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in stages]
     window_size = _window(tables[0].shape[0])
     # The mask of the shifted windows says how many windows the first stage has.
     windows = state_dict["encoder.layers.0.blocks.1.attn_mask"].shape[0]
     return SwinConfig(
         embed_dim=embed_dim,
-        depths=[_count(state_dict, f"encoder.layers.{stage}.blocks.") for stage in stages],
+        depths=[official_depth(state_dict, f"encoder.layers.{stage}.blocks") for stage in stages],
         num_heads=[table.shape[1] for table in tables],
         window_size=window_size,
         mlp_ratio=state_dict["encoder.layers.0.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
@@ -404,11 +404,6 @@ def _official_swin(state_dict: dict[str, torch.Tensor]) -> SwinConfig:
         patch_size=patch_size,
         num_channels=num_channels,
     )
-
-
-def _count(state_dict: dict, prefix: str) -> int:
-    """How many numbered modules there are under a prefix."""
-    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in state_dict if name.startswith(prefix))
 
 
 def _window(positions: int) -> int:

@@ -3,6 +3,7 @@
 import re
 
 import torch
+from transformers import ViTConfig
 
 # In a replacement, stands for each of q, k and v: the tensor is a stack of queries, keys and values.
 QKV = "{qkv}"
@@ -24,3 +25,38 @@ def rename_weights(state_dict: dict[str, torch.Tensor], renaming: tuple[tuple[st
         for part, rows in zip("qkv", tensor.chunk(3), strict=True):
             renamed[name.replace(QKV, part)] = rows.clone()
     return renamed
+
+
+def official_vit_config(state_dict: dict[str, torch.Tensor], heads: dict[int, int]) -> ViTConfig:
+    """The config of a ViT in timm's names, read from its shapes.
+
+    Args:
+        state_dict: with `patch_embed`, `pos_embed` (of a square grid and a class token) and `blocks`.
+        heads: of the released models, by width: checkpoints do not say.
+
+    Raises:
+        ValueError: if the width is none of them.
+    """
+    hidden_size, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+    if hidden_size not in heads:
+        raise ValueError(
+            f"The checkpoint's encoder is {hidden_size} wide and does not say how many heads it has, which is known "
+            f"for the released widths only ({', '.join(map(str, heads))}): pass a config."
+        )
+    grid = round((state_dict["pos_embed"].shape[1] - 1) ** 0.5)
+    return ViTConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=official_depth(state_dict, "blocks"),
+        num_attention_heads=heads[hidden_size],
+        intermediate_size=state_dict["blocks.0.mlp.fc1.weight"].shape[0],
+        layer_norm_eps=1e-6,
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        num_channels=num_channels,
+    )
+
+
+def official_depth(state_dict: dict[str, torch.Tensor], blocks: str) -> int:
+    """How many blocks `<blocks>.0`, `<blocks>.1`, ... a checkpoint holds."""
+    prefix = f"{blocks}."
+    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in state_dict if name.startswith(prefix))
