@@ -229,9 +229,9 @@ class CrossMAEForPreTraining(MAEForPreTraining):
         grid = self._check_inputs(pixel_values, bool_masked_pos)
         if bool_masked_pos is None or bool_predicted_pos is None:
             draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
+        config = self.config
         if bool_masked_pos is None:
-            options = self.config.mask_options or {}
-            bool_masked_pos = make_mask(self.config.mask_kind, draw, grid, self.config.mask_ratio, **options)
+            bool_masked_pos = make_mask(config.mask_kind, draw, grid, config.mask_ratio, **config.mask_arguments())
         if bool_predicted_pos is None:
             bool_predicted_pos = self.choose(draw, bool_masked_pos)
         predicted_ids = self._predicted(bool_predicted_pos, bool_masked_pos, grid)  # (batch, predicted)

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig, ViTConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
-from hf_masked.modeling.base import VariantConfig, VariantModel
+from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
 from hf_masked.modeling.outputs import MaskedPreTrainingOutput
 from hf_masked.modeling.parts.backbones import (
     VISIBLE_TOKEN_BACKBONES,
@@ -26,21 +26,18 @@ from hf_masked.modeling.parts.backbones import (
 from hf_masked.modeling.parts.decoders import MaskTokenDecoder
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import (
-    check_mask,
-    check_pixel_values,
     pair,
     patchify,
     unpatchify,
     visible_indices,
 )
-from hf_masked.modeling.parts.state_dicts import official_depth, official_vit_config, rename_weights
+from hf_masked.modeling.parts.state_dicts import TIMM_VIT_RENAMING, official_depth, official_vit_config, rename_weights
 from hf_masked.modeling.parts.targets import denormalize_patches, normalize_patches
 from hf_masked.modeling.registry import register_variant
-from hf_masked.processing.masks import MASKS, make_mask, num_masked_units
-from hf_masked.randomness import model_draw
+from hf_masked.processing.masks import num_masked_units
 
 
-class MAEConfig(VariantConfig):
+class MAEConfig(MaskedPatchesConfig):
     """Config of MAE.
 
     Args:
@@ -65,9 +62,6 @@ class MAEConfig(VariantConfig):
     predicts: ClassVar[str] = "pixels of the masked patches"
     backbones: ClassVar[tuple[str, ...]] = tuple(VISIBLE_TOKEN_BACKBONES)
 
-    mask_ratio: float = 0.75
-    mask_kind: str = "random"
-    mask_options: dict | None = None
     norm_pix_loss: bool = True
     decoder_hidden_size: int = 512
     decoder_num_hidden_layers: int = 8
@@ -79,13 +73,6 @@ class MAEConfig(VariantConfig):
     def check(self) -> None:
         super().check()
         check_visible_token_backbone(self.backbone_config)
-        if not 0.0 <= self.mask_ratio < 1.0:
-            raise ValueError(
-                f"mask_ratio is {self.mask_ratio}; it must lie in [0, 1), because the encoder needs patches to see. "
-                "The paper's is 0.75."
-            )
-        if self.mask_kind not in MASKS:
-            raise ValueError(f"mask_kind is {self.mask_kind!r}; known are {', '.join(sorted(MASKS))}.")
         if self.decoder_hidden_size % self.decoder_num_attention_heads:
             raise ValueError(
                 f"decoder_hidden_size={self.decoder_hidden_size} is no multiple of "
@@ -99,25 +86,12 @@ class MAEConfig(VariantConfig):
         # A pretrained encoder brings its own positions.
         return cls(backbone_config=backbone_config, **{"fixed_positions": False, **arguments})
 
-    def processor_settings(self) -> dict:
-        return super().processor_settings() | {
-            "mask_unit": pair(self.backbone_config.patch_size),
-            "mask_ratio": self.mask_ratio,
-            "mask_kind": self.mask_kind,
-            "mask_options": self.mask_options,
-        }
 
-
-class MAEPreTrainedModel(VariantModel):
+class MAEPreTrainedModel(MaskedPatchesModel):
     """Initialisation and freezing that all classes of MAE share."""
 
     config: MAEConfig
-    _no_split_modules: ClassVar[list[str]] = ["ViTLayer", "DeiTLayer", "Dinov2Layer", "TransformerBlock"]
-    # Recorded inside the backbone, with the backbone's own classes.
-    _can_record_outputs: ClassVar[dict] = {
-        "hidden_states": OutputRecorder(target_class=None),
-        "attentions": OutputRecorder(target_class=None, index=1),
-    }
+    _no_split_modules: ClassVar[list[str]] = [*MaskedPatchesModel._no_split_modules, "TransformerBlock"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -141,23 +115,10 @@ class MAEPreTrainedModel(VariantModel):
         if getattr(embeddings, "mask_token", None) is not None:
             yield embeddings.mask_token
 
-    def _check_inputs(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> tuple[int, int]:
-        """The grid of patches; raises a ValueError for inputs that do not fit."""
-        config = self.config.backbone_config
-        grid = check_pixel_values(pixel_values, config.num_channels, pair(config.patch_size))
-        if bool_masked_pos is not None:
-            check_mask(bool_masked_pos, pixel_values.shape[0], grid)
-        return grid
-
     def _visible(self, bool_masked_pos: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Visible indices; a compiled forward takes the count from the config instead of reading the mask."""
         compiling = torch.compiler.is_compiling()
         return visible_indices(bool_masked_pos, num_masked_units(grid, self.config.mask_ratio) if compiling else None)
-
-    def draw_mask(self, pixel_values, grid, noise=None, generator=None) -> torch.Tensor:
-        """bool (batch, units): from `noise`, from `generator`, or as `model_draw` says."""
-        draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
-        return make_mask(self.config.mask_kind, draw, grid, self.config.mask_ratio, **(self.config.mask_options or {}))
 
 
 class MAEModel(MAEPreTrainedModel):
@@ -366,15 +327,9 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> MAEConfig:
 
 # Official name -> ours.
 _RENAMING = (
+    *TIMM_VIT_RENAMING,
     (r"^cls_token$", "backbone.embeddings.cls_token"),
-    (r"^pos_embed$", "backbone.embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "backbone.embeddings.patch_embeddings.projection."),
     (r"^norm\.", "backbone.layernorm."),
-    (r"^blocks\.(\d+)\.norm1\.", r"backbone.layers.\1.layernorm_before."),
-    (r"^blocks\.(\d+)\.norm2\.", r"backbone.layers.\1.layernorm_after."),
-    (r"^blocks\.(\d+)\.attn\.qkv\.", r"backbone.layers.\1.attention.{qkv}_proj."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"backbone.layers.\1.attention.o_proj."),
-    (r"^blocks\.(\d+)\.mlp\.", r"backbone.layers.\1.mlp."),
     (r"^head\.", "classifier."),
     (r"^mask_token$", "decoder.mask_token"),
     (r"^decoder_pos_embed$", "decoder.position_embeddings"),

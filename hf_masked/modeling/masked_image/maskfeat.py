@@ -11,9 +11,9 @@ from torch import nn
 from transformers import ViTConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
-from hf_masked.modeling.base import VariantConfig, VariantModel
+from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
 from hf_masked.modeling.outputs import MaskedPreTrainingOutput
 from hf_masked.modeling.parts.backbones import (
     VISIBLE_TOKEN_BACKBONES,
@@ -23,14 +23,12 @@ from hf_masked.modeling.parts.backbones import (
 )
 from hf_masked.modeling.parts.hog import cells_to_units, hog, hog_glyphs, units_to_cells
 from hf_masked.modeling.parts.losses import masked_mean
-from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, patchify, unpatchify
-from hf_masked.modeling.parts.state_dicts import official_vit_config, rename_weights
+from hf_masked.modeling.parts.patches import pair, patchify, unpatchify
+from hf_masked.modeling.parts.state_dicts import TIMM_VIT_RENAMING, official_vit_config, rename_weights
 from hf_masked.modeling.registry import register_variant
-from hf_masked.processing.masks import MASKS, make_mask
-from hf_masked.randomness import model_draw
 
 
-class MaskFeatConfig(VariantConfig):
+class MaskFeatConfig(MaskedPatchesConfig):
     """Config of MaskFeat for pictures.
 
     Args:
@@ -54,17 +52,12 @@ class MaskFeatConfig(VariantConfig):
 
     mask_ratio: float = 0.4
     mask_kind: str = "block"
-    mask_options: dict | None = None
     hog_bins: int = 9
     hog_cell_size: int = 8
 
     def check(self) -> None:
         super().check()
         backbone_grid(self.backbone_config)
-        if not 0.0 <= self.mask_ratio < 1.0:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie in [0, 1). The paper's is 0.4.")
-        if self.mask_kind not in MASKS:
-            raise ValueError(f"mask_kind is {self.mask_kind!r}; known are {', '.join(sorted(MASKS))}.")
         if self.hog_bins < 1:
             raise ValueError(f"hog_bins is {self.hog_bins}; it must be at least 1. The paper's is 9.")
         patch = pair(self.backbone_config.patch_size)
@@ -80,26 +73,12 @@ class MaskFeatConfig(VariantConfig):
         height, width = pair(self.backbone_config.patch_size)
         return height // self.hog_cell_size, width // self.hog_cell_size
 
-    def processor_settings(self) -> dict:
-        return super().processor_settings() | {
-            "mask_unit": pair(self.backbone_config.patch_size),
-            "mask_ratio": self.mask_ratio,
-            "mask_kind": self.mask_kind,
-            "mask_options": self.mask_options,
-        }
 
-
-class MaskFeatPreTrainedModel(VariantModel):
+class MaskFeatPreTrainedModel(MaskedPatchesModel):
     """Initialisation and checks that all classes of MaskFeat share."""
 
     config: MaskFeatConfig
     uses_mask_token = True
-    _no_split_modules: ClassVar[list[str]] = ["ViTLayer", "DeiTLayer", "Dinov2Layer"]
-    # Recorded inside the backbone, with the backbone's own classes.
-    _can_record_outputs: ClassVar[dict] = {
-        "hidden_states": OutputRecorder(target_class=None),
-        "attentions": OutputRecorder(target_class=None, index=1),
-    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -114,14 +93,6 @@ class MaskFeatPreTrainedModel(VariantModel):
                     init.trunc_normal_(token, std=0.02)
         else:
             _init_linear(module)
-
-    def _check_inputs(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> tuple[int, int]:
-        """The grid of patches; raises a ValueError for inputs that do not fit."""
-        config = self.config.backbone_config
-        grid = check_pixel_values(pixel_values, config.num_channels, pair(config.patch_size))
-        if bool_masked_pos is not None:
-            check_mask(bool_masked_pos, pixel_values.shape[0], grid)
-        return grid
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -210,11 +181,6 @@ class MaskFeatForPreTraining(MaskFeatPreTrainedModel):
             mask=bool_masked_pos,
         )
 
-    def draw_mask(self, pixel_values, grid, noise=None, generator=None) -> torch.Tensor:
-        """bool (batch, units): from `noise`, from `generator`, or as `model_draw` says."""
-        draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
-        return make_mask(self.config.mask_kind, draw, grid, self.config.mask_ratio, **(self.config.mask_options or {}))
-
     def target(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """HOG of the normalised picture, all cells of a patch in one vector: float32 (batch, units, values)."""
         cells = hog(pixel_values, pair(self.config.hog_cell_size), self.config.hog_bins)
@@ -268,14 +234,8 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> MaskFeatConfig:
 
 # Official name -> ours.
 _RENAMING = (
+    *TIMM_VIT_RENAMING,
     (r"^(cls_token|mask_token)$", r"backbone.embeddings.\1"),
-    (r"^pos_embed$", "backbone.embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "backbone.embeddings.patch_embeddings.projection."),
-    (r"^blocks\.(\d+)\.norm1\.", r"backbone.layers.\1.layernorm_before."),
-    (r"^blocks\.(\d+)\.norm2\.", r"backbone.layers.\1.layernorm_after."),
-    (r"^blocks\.(\d+)\.attn\.qkv\.", r"backbone.layers.\1.attention.{qkv}_proj."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"backbone.layers.\1.attention.o_proj."),
-    (r"^blocks\.(\d+)\.mlp\.", r"backbone.layers.\1.mlp."),
     # The reference has taken the encoder's norm into the head.
     (r"^pred_head\.transforms\.0\.0\.", "backbone.layernorm."),
     (r"^pred_head\.projections\.0\.", "head."),

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from hf_masked.modeling.base import VariantConfig, VariantModel
+from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
 from hf_masked.modeling.outputs import MaskedImageModelingOutput
 from hf_masked.modeling.parts.heads import init_as_torch
 from hf_masked.modeling.parts.losses import masked_mean
@@ -23,19 +23,20 @@ from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pai
 from hf_masked.modeling.parts.relative_positions import TABLE
 from hf_masked.modeling.parts.state_dicts import official_depth, rename_weights
 from hf_masked.modeling.registry import register_variant
-from hf_masked.processing.masks import make_mask, num_masked_units
-from hf_masked.randomness import model_draw
+from hf_masked.processing.masks import num_masked_units
 
 
-class SimMIMConfig(VariantConfig):
+class SimMIMConfig(MaskedPatchesConfig):
     """Config of SimMIM.
 
     Args:
         backbone_config: a BEiT config (the paper's ViT: relative positions that all blocks share, LayerScale), or one
             of Swin or Swin V2; the paper's ViT-B/16 by default.
         mask_ratio: share of the squares that are masked, in [0, 1).
-        mask_patch_size: side of a square in pixels; by default the encoder's stride and at least two patches, which is
-            the paper's 32 for ViT/16 and Swin.
+        mask_kind: "coarse", the paper's squares, or another name in `hf_masked.processing.masks.MASKS`.
+        mask_options: further arguments of the mask function.
+        mask_patch_size: side of a square of "coarse" masks in pixels; by default the encoder's stride and at least two
+            patches, which is the paper's 32 for ViT/16 and Swin.
     """
 
     model_type = "hf_masked_simmim"
@@ -49,6 +50,7 @@ class SimMIMConfig(VariantConfig):
     backbones: ClassVar[tuple[str, ...]] = ("beit", "swin", "swinv2")
 
     mask_ratio: float = 0.6
+    mask_kind: str = "coarse"
     mask_patch_size: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -58,8 +60,6 @@ class SimMIMConfig(VariantConfig):
 
     def check(self) -> None:
         super().check()
-        if not 0.0 <= self.mask_ratio < 1.0:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie in [0, 1). The paper's is 0.6.")
         patch, unit = pair(self.backbone_config.patch_size), self.square_size
         if patch[0] != patch[1]:
             raise ValueError(f"The backbone's patch is {patch[0]} x {patch[1]} pixels; SimMIM's head needs squares.")
@@ -71,7 +71,8 @@ class SimMIMConfig(VariantConfig):
                 f"the backbone predicts: choose a multiple or a divisor of {self.encoder_stride}."
             )
         squares = patch_grid(*pair(self.image_size), (unit, unit))
-        if self.mask_ratio and num_masked_units(squares, self.mask_ratio) == math.prod(squares):
+        masked = num_masked_units(squares, self.mask_ratio) if self.mask_kind == "coarse" else 0
+        if masked == math.prod(squares):
             raise ValueError(
                 f"mask_ratio={self.mask_ratio} masks all of the {squares[0]} x {squares[1]} squares of {unit} pixels: "
                 "choose a smaller mask_patch_size or larger pictures."
@@ -91,10 +92,9 @@ class SimMIMConfig(VariantConfig):
         """Side of a masked square in pixels."""
         return self.mask_patch_size or max(self.encoder_stride, 2 * pair(self.backbone_config.patch_size)[0])
 
-    @property
-    def mask_options(self) -> dict:
-        """Of the mask kind "coarse"."""
-        return {"unit": self.square_size // pair(self.backbone_config.patch_size)[0]}
+    def mask_arguments(self) -> dict:
+        squares = {"unit": self.square_size // pair(self.backbone_config.patch_size)[0]}
+        return (squares if self.mask_kind == "coarse" else {}) | super().mask_arguments()
 
     @classmethod
     def of_backbone(cls, backbone_config: PreTrainedConfig, **arguments) -> "SimMIMConfig":
@@ -102,14 +102,6 @@ class SimMIMConfig(VariantConfig):
             # BEiT with mean pooling has no norm after its last block; SimMIM gives it one.
             backbone_config = BeitConfig(**backbone_config.to_dict() | {"use_mean_pooling": False})
         return cls(backbone_config=backbone_config, **arguments)
-
-    def processor_settings(self) -> dict:
-        return super().processor_settings() | {
-            "mask_unit": pair(self.backbone_config.patch_size),
-            "mask_ratio": self.mask_ratio,
-            "mask_kind": "coarse",
-            "mask_options": self.mask_options,
-        }
 
 
 def simmim_vit(**settings) -> BeitConfig:
@@ -151,7 +143,7 @@ def check_window(config: PreTrainedConfig, size: tuple[int, int], stride: int) -
         )
 
 
-class SimMIMPreTrainedModel(VariantModel):
+class SimMIMPreTrainedModel(MaskedPatchesModel):
     """Initialisation, weight decay and the masked encoder that all classes of SimMIM share."""
 
     config: SimMIMConfig
@@ -281,11 +273,6 @@ class SimMIMForPreTraining(SimMIMPreTrainedModel):
             reconstruction=reconstruction,
             mask=bool_masked_pos,
         )
-
-    def draw_mask(self, pixel_values, grid, noise=None, generator=None) -> torch.Tensor:
-        """bool (batch, patches): from `noise`, from `generator`, or as `model_draw` says."""
-        draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
-        return make_mask("coarse", draw, grid, self.config.mask_ratio, **self.config.mask_options)
 
     def feature_map(self, tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """(batch, prefix + cells, hidden) to (batch, hidden, rows, columns), without the class token."""

@@ -8,6 +8,17 @@ from transformers import ViTConfig
 # In a replacement, stands for each of q, k and v: the tensor is a stack of queries, keys and values.
 QKV = "{qkv}"
 
+# Of timm's ViTs to a stock ViT's as our `backbone`: the patches, the positions and the blocks.
+TIMM_VIT_RENAMING = (
+    (r"^pos_embed$", "backbone.embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "backbone.embeddings.patch_embeddings.projection."),
+    (r"^blocks\.(\d+)\.norm1\.", r"backbone.layers.\1.layernorm_before."),
+    (r"^blocks\.(\d+)\.norm2\.", r"backbone.layers.\1.layernorm_after."),
+    (r"^blocks\.(\d+)\.attn\.qkv\.", r"backbone.layers.\1.attention.{qkv}_proj."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"backbone.layers.\1.attention.o_proj."),
+    (r"^blocks\.(\d+)\.mlp\.", r"backbone.layers.\1.mlp."),
+)
+
 
 def rename_weights(state_dict: dict[str, torch.Tensor], renaming: tuple[tuple[str, str], ...]) -> dict:
     """Applies (pattern, replacement) pairs of `re.sub` in their order to every name.

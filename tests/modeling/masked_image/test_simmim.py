@@ -229,7 +229,7 @@ def test_starts_from_transformers_masked_model_and_keeps_its_mask_token(tmp_path
 )
 def test_counts_and_squares_of_the_papers_encoders(backbone_config, patches, squares, count):
     config = SimMIMConfig(backbone_config=backbone_config)
-    assert config.square_size == 32 and config.mask_options == {"unit": patches}
+    assert config.square_size == 32 and config.mask_arguments() == {"unit": patches}
     processor = MaskedImageProcessor(**config.processor_settings())
     size = config.image_size
     batch = processor([torch.zeros(3, size, size, dtype=torch.uint8)] * 3, seed=0)
@@ -415,7 +415,7 @@ def test_configs_that_do_not_fit_say_so(settings, words):
 @pytest.mark.parametrize("unit", [4, 8, 16])
 def test_squares_may_divide_a_cell_or_be_made_of_cells(unit):
     """The paper's table 1 varies the square from 4 to 64 pixels at Swin's stride of 32."""
-    assert SimMIMConfig(backbone_config=small_swin(), mask_patch_size=unit).mask_options == {"unit": unit // 4}
+    assert SimMIMConfig(backbone_config=small_swin(), mask_patch_size=unit).mask_arguments() == {"unit": unit // 4}
 
 
 @pytest.mark.parametrize(

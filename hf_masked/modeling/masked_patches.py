@@ -1,0 +1,72 @@
+"""What methods that mask patches of pictures share: the settings of the mask, drawing it, checks of the inputs."""
+
+from typing import ClassVar
+
+import torch
+from transformers.utils.output_capturing import OutputRecorder
+
+from hf_masked.modeling.base import VariantConfig, VariantModel
+from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair
+from hf_masked.processing.masks import MASKS, make_mask
+from hf_masked.randomness import model_draw
+
+
+class MaskedPatchesConfig(VariantConfig):
+    """Base of the configs of methods that mask patches.
+
+    Args:
+        mask_ratio: share of the units that are masked, in [0, 1).
+        mask_kind: a name in `hf_masked.processing.masks.MASKS`.
+        mask_options: further arguments of the mask function.
+    """
+
+    mask_ratio: float = 0.75
+    mask_kind: str = "random"
+    mask_options: dict | None = None
+
+    def check(self) -> None:
+        super().check()
+        if not 0.0 <= self.mask_ratio < 1.0:
+            raise ValueError(
+                f"mask_ratio is {self.mask_ratio}; it must lie in [0, 1), because the encoder needs patches to see. "
+                f"The paper's is {type(self).mask_ratio}."
+            )
+        if self.mask_kind not in MASKS:
+            raise ValueError(f"mask_kind is {self.mask_kind!r}; known are {', '.join(sorted(MASKS))}.")
+
+    def mask_arguments(self) -> dict:
+        """All further arguments of the mask function, those that follow from other settings included."""
+        return dict(self.mask_options or {})
+
+    def processor_settings(self) -> dict:
+        return super().processor_settings() | {
+            "mask_unit": pair(self.backbone_config.patch_size),
+            "mask_ratio": self.mask_ratio,
+            "mask_kind": self.mask_kind,
+            "mask_options": self.mask_arguments(),
+        }
+
+
+class MaskedPatchesModel(VariantModel):
+    """Base of the models of methods that mask patches; ViTs record their hidden states and attentions."""
+
+    config: MaskedPatchesConfig
+    _no_split_modules: ClassVar[list[str]] = ["ViTLayer", "DeiTLayer", "Dinov2Layer"]
+    # Recorded inside the backbone, with the backbone's own classes.
+    _can_record_outputs: ClassVar[dict] = {
+        "hidden_states": OutputRecorder(target_class=None),
+        "attentions": OutputRecorder(target_class=None, index=1),
+    }
+
+    def _check_inputs(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> tuple[int, int]:
+        """The grid of patches; raises a ValueError for inputs that do not fit."""
+        config = self.config.backbone_config
+        grid = check_pixel_values(pixel_values, config.num_channels, pair(config.patch_size))
+        if bool_masked_pos is not None:
+            check_mask(bool_masked_pos, pixel_values.shape[0], grid)
+        return grid
+
+    def draw_mask(self, pixel_values, grid, noise=None, generator=None) -> torch.Tensor:
+        """bool (batch, units): from `noise`, from `generator`, or as `model_draw` says."""
+        draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
+        return make_mask(self.config.mask_kind, draw, grid, self.config.mask_ratio, **self.config.mask_arguments())

@@ -1,0 +1,46 @@
+"""Every kind of mask goes with every method that masks patches, whoever draws it: the processor or the model."""
+
+import pytest
+import torch
+
+import hf_masked
+from hf_masked.modeling.masked_patches import MaskedPatchesConfig
+from hf_masked.processing.masks import MASKS
+from tests.conformance.cases import pictures, tiny_model
+
+
+@pytest.fixture
+def config(variant):
+    if not issubclass(variant.config, MaskedPatchesConfig):
+        pytest.skip(f"{variant.name} does not mask patches of pictures.")
+    # A ratio that every kind can make on every grid: three of four.
+    return type(variant.tiny_config())(**variant.tiny_config().to_dict() | {"mask_ratio": 0.75})
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_method_learns_from_masks_of_the_processor(variant, config, kind):
+    settings = config.processor_settings() | {"mask_kind": kind, "mask_options": {}}
+    processor = getattr(hf_masked, config.processor)(**settings)
+    batch = processor(list(pictures(processor, 3)), seed=1)
+    model = tiny_model(variant, config).train()
+    output = model(**batch)
+    assert torch.equal(output.mask.flatten(1), batch["bool_masked_pos"].flatten(1))
+    output.loss.backward()
+    gradient = sum(p.grad.abs().sum() for p in model.backbone.parameters() if p.grad is not None)
+    assert torch.isfinite(output.loss) and gradient > 0
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_model_draws_the_masks_that_its_processor_draws(variant, config, kind):
+    if config.processor_settings()["mask_kind"] == "model":
+        pytest.skip(f"{variant.name} chooses its masks itself.")
+    settings = {name: value for name, value in config.to_dict().items() if name != "mask_options"}
+    config = type(config)(**settings | {"mask_kind": kind})
+    settings = config.processor_settings()
+    processor = getattr(hf_masked, config.processor)(**settings)
+    model = tiny_model(variant, config)
+    pixel_values = torch.zeros(4, config.num_channels, *processor.size.values())
+    drawn = model.draw_mask(pixel_values, processor.mask_grid, generator=torch.Generator().manual_seed(0))
+    handed = processor(list(pictures(processor, 4)), seed=0)["bool_masked_pos"].flatten(1)
+    assert drawn.shape == handed.shape and drawn.dtype == torch.bool
+    assert drawn.sum(1).tolist() == handed.sum(1).tolist()
