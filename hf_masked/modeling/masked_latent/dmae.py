@@ -221,7 +221,7 @@ class DMAEForPreTraining(MAEForPreTraining):
 
     @torch.no_grad()
     def pictures(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> dict:
-        """MAE's panels, and the cosine of student's and teacher's states at the visible patches: 0 is dark, 1 bright."""
+        """MAE's panels, and the cosine of student's and teacher's states at visible patches: 0 is dark, 1 bright."""
         grid = self._check_inputs(pixel_values, bool_masked_pos)
         if bool_masked_pos is None:
             bool_masked_pos = self.draw_mask(pixel_values, grid)

@@ -45,7 +45,7 @@ def teacher_form(teacher: str | None, teacher_config: dict | PreTrainedConfig | 
         return teacher_config
     if teacher is None:
         raise ValueError("There is no teacher: give `teacher`, a folder or a Hub id of a vision model.")
-    return _encoder_part(_read_config(teacher))
+    return _encoder_part(read_config(teacher))
 
 
 def check_teacher(config: PreTrainedConfig, layer: int = -1) -> None:
@@ -69,11 +69,7 @@ def check_teacher(config: PreTrainedConfig, layer: int = -1) -> None:
         raise ValueError(
             f"The teacher has {form.num_hidden_layers} blocks, numbered from 0, and no block {layer}: choose another."
         )
-    if form.num_channels != config.num_channels and 1 not in (form.num_channels, config.num_channels):
-        raise ValueError(
-            f"The teacher takes {form.num_channels} channels and the student {config.num_channels}; only one channel "
-            "can be repeated or averaged to. Choose a teacher of as many channels."
-        )
+    check_channels("teacher", form.num_channels, config.num_channels)
 
 
 class FrozenTeacher:
@@ -87,10 +83,12 @@ class FrozenTeacher:
         config: the student's, see above.
         layer: the 0-based number of the block whose output the features are; negative ones count from the last.
         final_norm: apply the encoder's last norm to them.
+        projection: apply CLIP's projection to them, last.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer: int = -1, final_norm: bool = False):
+    def __init__(self, config: PreTrainedConfig, layer: int = -1, final_norm: bool = False, projection: bool = False):
         self.config = config
+        self.projection = projection
         self.depth = layer % config.teacher_config.num_hidden_layers + 1
         self.final_norm = final_norm
         self._model: PreTrainedModel | None = None
@@ -132,7 +130,8 @@ class FrozenTeacher:
             grid: (rows, columns) of the student's patches; the pictures are resized so that the teacher has as many.
 
         Returns:
-            float32 (batch, rows * columns, teacher's hidden): patch tokens in raster order, without those before them.
+            float32 (batch, rows * columns, teacher's hidden, or its projection's width): patch tokens in raster order,
+            without those before them.
 
         Raises:
             ValueError: if the teacher cannot have that grid.
@@ -149,25 +148,15 @@ class FrozenTeacher:
                 "that keeps one token per patch."
             )
         tokens = tokens[:, num_prefix:]
-        return (self._norm(tokens) if self.final_norm else tokens).float()
+        if self.final_norm:
+            tokens = self._norm(tokens)
+        return (encoder.visual_projection(tokens) if self.projection else tokens).float()
 
     def pictures(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """The student's pictures in the size, channels and normalisation that the teacher wants, float32."""
-        form = self.config.teacher_config
-        rows, columns = pair(form.patch_size)
-        size = (grid[0] * rows, grid[1] * columns)
-        pixel_values = pixel_values.float()
-        if tuple(pixel_values.shape[-2:]) != size:
-            pixel_values = F.interpolate(pixel_values, size, mode="bicubic", antialias=True, align_corners=False)
-        own = _normalization_of_student(self.config)
+        form, own = self.config.teacher_config, normalization_of(self.config)
         theirs = own if self._normalization is None else self._normalization
-        if own == theirs and form.num_channels == self.config.num_channels:
-            return pixel_values
-        pixel_values = pixel_values * _per_channel(own[1], pixel_values) + _per_channel(own[0], pixel_values)
-        if form.num_channels == 1:
-            pixel_values = pixel_values.mean(dim=1, keepdim=True)
-        pixel_values = pixel_values.expand(-1, form.num_channels, -1, -1)
-        return (pixel_values - _per_channel(theirs[0], pixel_values)) / _per_channel(theirs[1], pixel_values)
+        return adapt_pictures(pixel_values, grid, pair(form.patch_size), form.num_channels, own, theirs)
 
     def _interpolation(self, encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict:
         """The argument with which a stock model takes pictures of another size than its config's."""
@@ -193,9 +182,9 @@ class FrozenTeacher:
         if name is None:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)
-                model = build_backbone(form)
+                model = _clip_with_projection()(form) if self.projection else build_backbone(form)
         else:
-            model = _load_encoder(name, form)
+            model = _load_encoder(name, form, _clip_with_projection() if self.projection else AutoModel)
             self._normalization = _normalization_of_checkpoint(name)
         blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == form.num_hidden_layers]
         del blocks[0][self.depth :]
@@ -206,12 +195,13 @@ class FrozenTeacher:
         self._norm.eval().requires_grad_(False).float()
 
 
-def _read_config(name: str) -> PreTrainedConfig:
+def read_config(name: str, role: str = "teacher") -> PreTrainedConfig:
+    """The config of a checkpoint that plays a role; raises a ValueError that names it if there is none."""
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The teacher {name} is neither a folder with a checkpoint nor a Hub id that can be reached: "
+            f"The {role} {name} is neither a folder with a checkpoint nor a Hub id that can be reached: "
             f"{str(error).splitlines()[0]}"
         ) from error
 
@@ -231,15 +221,15 @@ def _encoder_part(config: PreTrainedConfig) -> PreTrainedConfig:
     return getattr(config, "vision_config", config)
 
 
-def _load_encoder(name: str, form: PreTrainedConfig) -> PreTrainedModel:
+def _load_encoder(name: str, form: PreTrainedConfig, auto_class: type = AutoModel) -> PreTrainedModel:
     """The encoder of a checkpoint; raises a ValueError where it does not hold all of it."""
-    ours = _is_ours(_read_config(name))
+    ours = _is_ours(read_config(name))
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # of text towers, decoders and heads, which are left out
     try:
         with torch.random.fork_rng(devices=[]):
             arguments = {} if ours else {"config": form}
-            model, report = AutoModel.from_pretrained(name, output_loading_info=True, **arguments)
+            model, report = auto_class.from_pretrained(name, output_loading_info=True, **arguments)
     finally:
         transformers_logging.set_verbosity(verbosity)
     encoder = model.backbone if ours else model
@@ -253,6 +243,13 @@ def _load_encoder(name: str, form: PreTrainedConfig) -> PreTrainedModel:
             f"pixels; the student was made for one of {form.hidden_size} and {form.patch_size}. Give it that one."
         )
     return encoder
+
+
+def _clip_with_projection() -> type[PreTrainedModel]:
+    # Imported when it is needed, as it brings CLIP's code.
+    from transformers import CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection
 
 
 def _core(model: PreTrainedModel) -> nn.Module:
@@ -286,11 +283,50 @@ def _normalization_of_checkpoint(name: str) -> Normalization | None:
     return tuple(settings["image_mean"]), tuple(settings["image_std"])
 
 
-def _normalization_of_student(config: PreTrainedConfig) -> Normalization:
+def normalization_of(config: PreTrainedConfig) -> Normalization:
+    """Mean and deviation of the pictures of a config with `image_mean`, `image_std` and `num_channels`."""
     rgb = config.num_channels == 3
     mean = (IMAGENET_MEAN if rgb else OTHER_MEAN) if config.image_mean is None else config.image_mean
     std = (IMAGENET_STD if rgb else OTHER_STD) if config.image_std is None else config.image_std
     return tuple(mean if isinstance(mean, Sequence) else [mean]), tuple(std if isinstance(std, Sequence) else [std])
+
+
+def adapt_pictures(
+    pixel_values: torch.Tensor,
+    grid: tuple[int, int],
+    patch_size: tuple[int, int],
+    num_channels: int,
+    own: Normalization,
+    theirs: Normalization,
+) -> torch.Tensor:
+    """Pictures as another model wants them, float32.
+
+    Args:
+        pixel_values: float (batch, channels, height, width), normalised with `own`, a mean and a deviation.
+        grid: (rows, columns) of the other model's patches, of `patch_size` pixels.
+        num_channels: of the other model; 1, or as many, or any where the pictures have one.
+        theirs: the other model's mean and deviation.
+    """
+    size = (grid[0] * patch_size[0], grid[1] * patch_size[1])
+    pixel_values = pixel_values.float()
+    if tuple(pixel_values.shape[-2:]) != size:
+        pixel_values = F.interpolate(pixel_values, size, mode="bicubic", antialias=True, align_corners=False)
+    if own == theirs and num_channels == pixel_values.shape[1]:
+        return pixel_values
+    pixel_values = pixel_values * _per_channel(own[1], pixel_values) + _per_channel(own[0], pixel_values)
+    if num_channels == 1:
+        pixel_values = pixel_values.mean(dim=1, keepdim=True)
+    pixel_values = pixel_values.expand(-1, num_channels, -1, -1)
+    return (pixel_values - _per_channel(theirs[0], pixel_values)) / _per_channel(theirs[1], pixel_values)
+
+
+def check_channels(role: str, theirs: int, own: int) -> None:
+    """Raises a ValueError for channels that `adapt_pictures` cannot adapt."""
+    if theirs != own and 1 not in (theirs, own):
+        raise ValueError(
+            f"The {role} takes {theirs} channels and the student {own}; only one channel can be repeated or averaged "
+            f"to. Choose a {role} of as many channels."
+        )
 
 
 def _per_channel(values: Sequence[float], pixel_values: torch.Tensor) -> torch.Tensor:

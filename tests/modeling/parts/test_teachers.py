@@ -151,7 +151,7 @@ def test_pictures_are_normalised_as_the_teachers_own(tmp_path):
 def test_students_normalisation_is_its_processors_by_default():
     for channels in (1, 3, 4):
         processor = MaskedImageProcessor(size=16, num_channels=channels)
-        mean, std = teachers._normalization_of_student(Student(num_channels=channels))
+        mean, std = teachers.normalization_of(Student(num_channels=channels))
         full = len(processor.image_mean)
         assert list(mean) * (full // len(mean)) == processor.image_mean
         assert list(std) * (full // len(std)) == processor.image_std
