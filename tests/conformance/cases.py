@@ -52,7 +52,9 @@ def _varied(config, backbone_settings: dict) -> dict:
     for part in ("backbone_config", "teacher_config", "tokenizer_config"):
         stock = getattr(config, part, None)
         # Students bring their pictures to a stock teacher's size themselves.
-        names = {"num_channels"} if part == "teacher_config" else backbone_settings.keys()
+        names = backbone_settings.keys()
+        if part == "teacher_config":
+            names &= {"num_channels"}
         if isinstance(stock, VariantConfig):
             settings[part] = _varied(stock, backbone_settings)
         elif stock:
