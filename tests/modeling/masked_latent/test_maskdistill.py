@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
@@ -237,50 +236,42 @@ def test_7_dense_and_sparse_students_mean_the_same_patches():
 
 
 @pytest.mark.slow
-def test_experiment_students_come_near_a_teacher_with_labels_and_beat_pixels():
+def test_experiment_students_learn_from_a_teacher_with_labels_more_than_from_pixels(tmp_path):
+    """A teacher that has seen the labels of five classes; students see none. kNN accuracy over all ten."""
     (pictures, labels), test = fashion(train=2000, test=1000)
     splits = [(pictures, labels), test]
     torch.manual_seed(0)
-    form = ViTConfig(**SIZES | {"hidden_size": 64, "num_hidden_layers": 3}, num_channels=1, num_labels=5)
+    form = ViTConfig(**SIZES | {"hidden_size": 64}, num_channels=1, num_labels=5)
     classifier, known = ViTForImageClassification(form), labels < 5
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3)
-    generator = torch.Generator().manual_seed(0)
+    optimizer, generator = torch.optim.AdamW(classifier.parameters(), lr=1e-3), torch.Generator().manual_seed(0)
     for _ in range(300):
         chosen = torch.randint(int(known.sum()), (64,), generator=generator)
         classifier(pictures[known][chosen], labels=labels[known][chosen]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    teacher = classifier.vit.eval()
+    classifier.save_pretrained(tmp_path)
 
-    def student(**settings) -> MaskDistillForPreTraining:
-        backbone_config = dense_vit(num_hidden_layers=3, num_channels=1)
-        return small_model(
-            backbone_config=backbone_config, **{"teacher_config": form, "mask_kind": "random"} | settings
+    def accuracy(steps: int = 300, scale: float = 1.0, **settings) -> float:
+        """Of a student; `scale` is that of one of the teacher's 64 channels."""
+        backbone_config = dense_vit(num_channels=1, layer_scale_init_value=1.0)
+        model = small_model(
+            backbone_config=backbone_config,
+            mask_kind="random",
+            **{"teacher": str(tmp_path), "teacher_config": None} | settings,
         )
+        if scale != 1.0:
+            features, scales = model.teacher.features, torch.ones(64).index_fill(0, torch.tensor([0]), scale)
+            model.teacher.features = lambda *arguments: features(*arguments) * scales
+        return knn(pretrain(model, pictures, steps=steps, learning_rate=2e-3) if steps else model.eval(), splits)
 
-    def taught(model, scale: float = 1.0) -> float:
-        """kNN accuracy after a few steps; `scale` is that of one channel of the teacher's."""
-        model.teacher._model = AutoModel.from_config(form, add_pooling_layer=False).eval().requires_grad_(False)
-        model.teacher._model.load_state_dict(teacher.state_dict())
-        model.teacher._model.layernorm = nn.Identity()
-        features = model.teacher.features
-        scales = torch.ones(64).index_fill(0, torch.tensor([0]), scale)
-        model.teacher.features = lambda *arguments: features(*arguments) * scales
-        return knn(pretrain(model, pictures, steps=200), splits)
-
-    class Encoder:
-        backbone = teacher
-
-    random_accuracy, teacher_accuracy = knn(student().eval(), splits), knn(Encoder, splits)
-    accuracy = taught(student())
-    pixels = {"teacher": "pixels", "teacher_config": None, "target_normalization": "none", "loss": "l1"}
-    pixel_accuracy = knn(pretrain(student(**pixels), pictures, steps=200), splits)
-    figures = {"random": random_accuracy, "teacher": teacher_accuracy, "student": accuracy, "pixels": pixel_accuracy}
-    assert accuracy > max(random_accuracy, pixel_accuracy), figures
-    assert accuracy > (random_accuracy + teacher_accuracy) / 2, figures
-    # One of 64 channels thirty times as large: without N, the loss is about that one.
-    figures["without N"] = taught(student(target_normalization="none"), scale=30.0)
-    assert accuracy > figures["without N"], figures
+    figures = {
+        "random": accuracy(steps=0),
+        "student": accuracy(),
+        "pixels": accuracy(teacher="pixels", target_normalization="none", loss="l1"),
+        "without N": accuracy(target_normalization="none", scale=30.0),
+    }
+    print(figures)
+    assert figures["student"] > max(figures["random"], figures["pixels"], figures["without N"]) + 0.02, figures
 
 
 # Settings and errors
