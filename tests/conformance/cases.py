@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hf_masked
+from hf_masked.modeling.base import VariantConfig
 from hf_masked.modeling.registry import CATALOGUE, Variant
 
 MODELS = [variant for variant in CATALOGUE.values() if variant.kind == "model"]
@@ -41,12 +42,30 @@ def training_inputs(variant: Variant, config, batch: int = 4, seed: int = 0) -> 
 
 
 def variation(variant: Variant, **backbone_settings):
-    """The tiny config with other settings of its backbone, those that its backbone has."""
+    """The tiny config with other settings of its backbone, its teacher and its tokenizer: those they have."""
     config = variant.tiny_config()
-    known = {name: value for name, value in backbone_settings.items() if hasattr(config.backbone_config, name)}
+    return type(config)(**_varied(config, backbone_settings))
+
+
+def _varied(config, backbone_settings: dict) -> dict:
     settings = copy.deepcopy(config.to_dict())
-    settings["backbone_config"] |= known
-    return type(config)(**settings)
+    for part in ("backbone_config", "teacher_config", "tokenizer_config"):
+        stock = getattr(config, part, None)
+        # Students bring their pictures to a stock teacher's size themselves.
+        names = backbone_settings.keys()
+        if part == "teacher_config":
+            names &= {"num_channels"}
+        if isinstance(stock, VariantConfig):
+            settings[part] = _varied(stock, backbone_settings)
+        elif stock:
+            settings[part] |= {name: backbone_settings[name] for name in names if hasattr(stock, name)}
+    return settings
+
+
+def tiny_teacher(config) -> dict:
+    """The settings of a config that name its teacher or tokenizer, where it has one."""
+    names = ("teacher", "teacher_config", "tokenizer", "tokenizer_config")
+    return {name: value for name, value in vars(config).items() if name in names}
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

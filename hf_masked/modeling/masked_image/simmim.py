@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
 from hf_masked.modeling.outputs import MaskedImageModelingOutput
+from hf_masked.modeling.parts.beit import check_beit, init_beit
 from hf_masked.modeling.parts.heads import init_as_torch
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, patch_grid
@@ -118,21 +119,6 @@ def simmim_vit(**settings) -> BeitConfig:
     )
 
 
-def check_beit(config: PreTrainedConfig) -> None:
-    """Raises a ValueError for a BEiT without positions, or without the norm after its last block."""
-    positions = ("use_shared_relative_position_bias", "use_relative_position_bias", "use_absolute_position_embeddings")
-    if not any(getattr(config, name) for name in positions):
-        raise ValueError(
-            "The BEiT config has no positions, so that all masked patches would look alike: set "
-            "use_shared_relative_position_bias=True, the paper's."
-        )
-    if config.use_mean_pooling:
-        raise ValueError(
-            "With use_mean_pooling=True stock BEiT has no norm after its last block, which SimMIM's head reads: set "
-            "use_mean_pooling=False."
-        )
-
-
 def check_window(config: PreTrainedConfig, size: tuple[int, int], stride: int) -> None:
     """Raises a ValueError where stock Swin's last map would be smaller than the window; its bias cannot shrink."""
     if config.model_type == "swin" and min(size) // stride < config.window_size:
@@ -155,7 +141,7 @@ class SimMIMPreTrainedModel(MaskedPatchesModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if module is self:
-            initialize = init_vit if self.config.backbone_config.model_type == "beit" else init_swin
+            initialize = init_beit if self.config.backbone_config.model_type == "beit" else init_swin
             initialize(self.backbone)
         elif isinstance(module, nn.Conv2d):
             init_as_torch(module)
@@ -298,31 +284,6 @@ class SimMIMForPreTraining(SimMIMPreTrainedModel):
             "masked": pixel_values.masked_fill(hidden, 0.0),
             "reconstruction": torch.where(hidden, output.reconstruction.to(pixel_values.dtype), pixel_values),
         }
-
-
-@torch.no_grad()
-def init_vit(backbone: nn.Module) -> None:
-    """The reference's initialisation of its ViT, of what has not been loaded (`models/vision_transformer.py`).
-
-    Normal with deviation 0.02, truncated at one deviation; the last linear layers of both halves of block l, counted
-    from 1, divided by sqrt(2 l).
-    """
-    for module in backbone.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            _trunc_normal(module.weight, 0.02)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-    for number, layer in enumerate(backbone.layers, start=1):
-        for linear in (layer.attention.o_proj, layer.mlp.fc2):
-            _trunc_normal(linear.weight, 0.02 / math.sqrt(2 * number))
-    embeddings = backbone.embeddings
-    for token in (embeddings.cls_token, embeddings.mask_token, embeddings.position_embeddings):
-        if token is not None:
-            _trunc_normal(token, 0.02)
-
-
-def _trunc_normal(tensor: torch.Tensor, std: float) -> None:
-    init.trunc_normal_(tensor, std=std, a=-std, b=std)
 
 
 @torch.no_grad()
