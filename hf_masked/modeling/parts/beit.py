@@ -1,12 +1,14 @@
-"""Stock BEiT as an encoder that is pretrained: what its config must have, and how its papers initialise it."""
+"""Stock BEiT as an encoder that is pretrained: what its config must have, its blocks' outputs, its initialisation."""
 
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+
+from hf_masked.modeling.parts.patches import pair
 
 
 def check_beit(config: PreTrainedConfig) -> None:
@@ -22,6 +24,37 @@ def check_beit(config: PreTrainedConfig) -> None:
             "With use_mean_pooling=True stock BEiT has no norm after its last block, which the head reads: set "
             "use_mean_pooling=False."
         )
+
+
+def beit_feature_maps(
+    backbone: PreTrainedModel, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+) -> list[torch.Tensor]:
+    """The embedded tokens and the output of each block, without the final norm; the same as the stock `forward`.
+
+    Args:
+        backbone: a stock BEiT.
+        pixel_values: float (batch, channels, height, width).
+        bool_masked_pos: bool (batch, units), True = masked; None for the plain backbone.
+        kwargs: passed to the blocks.
+
+    Returns:
+        1 + blocks tensors (batch, 1 + units, hidden), the class token first.
+    """
+    # Stock BEiT leaves the cast to the caller.
+    pixel_values = pixel_values.to(backbone.embeddings.patch_embeddings.projection.weight.dtype)
+    size = pixel_values.shape[-2:]
+    bias = beit_position_bias(backbone, size)
+    feature_maps = [backbone.embeddings(pixel_values, bool_masked_pos=bool_masked_pos)]
+    for layer in backbone.layers:
+        feature_maps.append(layer(feature_maps[-1], attention_mask=bias, resolution=size, **kwargs))
+    return feature_maps
+
+
+def beit_position_bias(backbone: PreTrainedModel, size: tuple[int, int]) -> torch.Tensor | None:
+    """What the table that all blocks share adds to their attention, for pictures of (height, width) pixels."""
+    rows, columns = pair(backbone.config.patch_size)
+    shared = backbone.shared_position_bias
+    return None if shared is None else shared((size[0] // rows, size[1] // columns))
 
 
 @torch.no_grad()
