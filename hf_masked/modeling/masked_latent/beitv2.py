@@ -45,7 +45,8 @@ class BEiTv2Config(MaskedPatchesConfig):
         mask_kind: a name in `hf_masked.processing.masks.MASKS`; the paper's is BEiT's blocks.
         mask_options: further arguments of the mask function.
         vocab_size: number of the tokenizer's codes; by default what the tokenizer says, else 8192.
-        early_layers: the block, counted from 1, whose patch tokens the aggregation blocks see.
+        early_layers: the block, counted from 1, whose patch tokens the aggregation blocks see; by default the third
+            before the last, 9 of 12 and 21 of 24.
         aggregation_layers: blocks of the patch aggregation; thrown away after pretraining.
         shared_head: the aggregation blocks' output goes through the encoder's own norm and head.
         tokenizer: Hub id or folder of a VQ-KD checkpoint; without one `token_ids` have to be given.
@@ -69,7 +70,7 @@ class BEiTv2Config(MaskedPatchesConfig):
     mask_ratio: float = 0.38
     mask_kind: str = "block"
     vocab_size: int | None = None
-    early_layers: int = 9
+    early_layers: int | None = None
     aggregation_layers: int = 2
     shared_head: bool = True
     tokenizer: str | None = None
@@ -80,9 +81,13 @@ class BEiTv2Config(MaskedPatchesConfig):
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
             self.backbone_config = beitv2_vit()
+        elif isinstance(self.backbone_config, dict):
+            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         self.tokenizer_config = tokenizer_form(self.tokenizer, self.tokenizer_config)
         if self.vocab_size is None:
             self.vocab_size = getattr(self.tokenizer_config, "codebook_size", 8192)
+        if self.early_layers is None:
+            self.early_layers = max(1, getattr(self.backbone_config, "num_hidden_layers", 12) - 3)
         super().__post_init__(**kwargs)
 
     def check(self) -> None:
@@ -110,7 +115,6 @@ class BEiTv2Config(MaskedPatchesConfig):
         if backbone_config.model_type == "beit":
             # BEiT with mean pooling has no norm after its last block; BEiT v2 gives it one.
             backbone_config = BeitConfig(**backbone_config.to_dict() | {"use_mean_pooling": False})
-            arguments = {"early_layers": round(0.75 * backbone_config.num_hidden_layers)} | arguments
         return cls(backbone_config=backbone_config, **arguments)
 
     def processor_settings(self) -> dict:
@@ -388,7 +392,7 @@ _RENAMING = (
 def official_config(state_dict: dict[str, torch.Tensor]) -> BEiTv2Config:
     """The config of an official pretraining checkpoint, read from its shapes.
 
-    The depth of the early block, which no shape tells, is the released models': three blocks before the last.
+    The number of the early block, which no shape tells, is the config's default, that of the released models.
 
     Raises:
         ValueError: if it holds no shared relative positions, as fine-tuned checkpoints do not.
@@ -415,7 +419,6 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> BEiTv2Config:
             layer_scale_init_value=0.0 if scale is None else (0.1 if layers < 24 else 1e-5),
         ),
         vocab_size=state_dict["lm_head.weight"].shape[0],
-        early_layers=max(1, layers - 3),
         aggregation_layers=official_depth(state_dict, "cls_pt_layers") if aggregates else 0,
         shared_head="cls_pt_lm_head.weight" not in state_dict,
     )

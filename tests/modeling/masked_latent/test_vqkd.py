@@ -43,9 +43,8 @@ def official_weights(run: str) -> dict[str, torch.Tensor]:
     return official | {"quantize.cluster_size": codes, "quantize.embedding.initted": begun}
 
 
-def run_as_reference(run: str):
-    stored = PARITY["pretraining"][run]
-    reference = stored["config"]
+def reference_config(run: str) -> VQKDConfig:
+    reference = PARITY["pretraining"][run]["config"]
     form = {"image_size": reference["img_size"], "patch_size": reference["patch_size"]}
     backbone_config = ViTConfig(
         hidden_size=reference["embed_dim"],
@@ -55,7 +54,7 @@ def run_as_reference(run: str):
         layer_norm_eps=1e-6,
         **form,
     )
-    config = VQKDConfig(
+    return VQKDConfig(
         backbone_config=backbone_config,
         codebook_size=reference["n_embed"],
         code_dim=reference["code_dim"],
@@ -66,6 +65,11 @@ def run_as_reference(run: str):
         decoder_intermediate_size=reference["decoder_embed_dim"] * reference["mlp_ratio"],
         teacher_config=ViTConfig(**VIT | form, hidden_size=reference["out_dim"]),
     )
+
+
+def run_as_reference(run: str):
+    stored, config = PARITY["pretraining"][run], reference_config(run)
+    reference = stored["config"]
     model = VQKDForPreTraining(config).train()
     model.load_state_dict(convert_official_weights(official_weights(run), config))
     size, units = reference["img_size"], (reference["img_size"] // reference["patch_size"]) ** 2
@@ -120,52 +124,40 @@ def test_gradients_are_the_references(run):
     assert compared == gradients.keys()
 
 
-def official_checkpoint(target: int = 512) -> dict[str, torch.Tensor]:
-    """A released tokenizer with one block in place of twelve, as the reference names it."""
+def released(target: int) -> dict[str, torch.Tensor]:
+    """A released tokenizer without values, as far as its form tells the config."""
     stored = PARITY["pretraining"]["three_layers"]["parameters"]
-    sizes = {32: 768, 96: 2304, 64: 3072, 24: 768, 72: 2304, 48: 3072, 8: 32, 12: target}
-    shapes = {}
-    for name, shape in stored.items():
-        if "encoder.blocks.1" not in name:
-            shapes[name] = [sizes.get(side, side) for side in shape]
-    shapes |= {
-        "encoder.patch_embed.proj.weight": [768, 3, 16, 16],
-        "encoder.pos_embed": [1, 197, 768],
-        "decoder.pos_embed": [1, 197, 768],
-        "decoder.patch_embed.proj.weight": [768, 32, 1, 1],
-        "quantize.embedding.weight": [50, 32],
-        "quantize.embedding.cluster_size": [50],
-        "quantize.embedding.embed_avg": [50, 32],
-        "quantize.cluster_size": [50],
-        "quantize.embedding.initted": [1],
-        "teacher_model.visual.proj": [2, 2],
-        "scaling_layer.shift": [1, 3, 1, 1],
-    }
-    return {name: torch.zeros(shape) for name, shape in shapes.items()} | {"quantize.embedding.initted": torch.ones(1)}
+    sizes = {32: 768, 64: 3072, 24: 768, 48: 3072, 12: target}
+    shapes = {name: [sizes.get(side, side) for side in shape] for name, shape in stored.items()}
+    shapes["encoder.patch_embed.proj.weight"] = [768, 3, 16, 16]
+    shapes["encoder.pos_embed"] = [1, 197, 768]
+    shapes["quantize.embedding.weight"] = [8192, 32]
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize(("target", "form", "projection"), [(512, "clip_vision_model", True), (768, "vit", False)])
-def test_official_file_converts_strictly(target, form, projection, tmp_path):
-    official = official_checkpoint(target)
-    torch.save({"model": official, "epoch": 99}, tmp_path / "vqkd.pth")
-    model = convert(get_variant("vqkd"), tmp_path / "vqkd.pth")
-    assert isinstance(model, VQKDForPreTraining) and model.codebook.begun and model.codebook.vectors.shape == (50, 32)
-    config = model.config
-    assert (config.teacher_config.model_type, config.teacher_projection, config.target_size) == (
-        form,
-        projection,
-        target,
-    )
-    assert config.decoder_num_hidden_layers == 3 and config.backbone_config.num_attention_heads == 12
-    assert model(torch.rand(1, 3, 224, 224), return_loss=False).reconstruction.shape == (1, 196, target)
-    torch.save({"model": official | {"encoder.norm.weight": torch.zeros(768)}}, tmp_path / "vqkd.pth")
-    with pytest.raises(ValueError, match=r"left over: .*norm\.weight"):
-        convert(get_variant("vqkd"), tmp_path / "vqkd.pth")
-
-
-def test_unknown_targets_are_refused():
+def test_config_of_released_models_is_read_from_the_shapes(target, form, projection):
+    config = official_config(released(target))
+    assert (config.teacher_config.model_type, config.teacher_projection) == (form, projection)
+    assert (config.target_size, config.codebook_size, config.code_dim) == (target, 8192, 32)
+    assert (config.decoder_num_hidden_layers, config.decoder_num_attention_heads) == (3, 12)
+    assert (config.backbone_config.num_attention_heads, config.backbone_config.image_size) == (12, 224)
     with pytest.raises(ValueError, match="100 wide; known are 512"):
-        official_config(official_checkpoint(100))
+        official_config(released(100))
+
+
+def test_official_file_converts_strictly(tmp_path):
+    # What released files hold besides.
+    others = ("teacher_model.visual.proj", "scaling_layer.shift", "quantize.embedding.cluster_size")
+    official = official_weights("three_layers") | {name: torch.zeros(2, 2) for name in others}
+    torch.save({"model": official, "epoch": 99}, tmp_path / "vqkd.pth")
+    config = reference_config("three_layers")
+    model = convert(get_variant("vqkd"), tmp_path / "vqkd.pth", config)
+    assert isinstance(model, VQKDForPreTraining) and model.codebook.begun
+    assert torch.equal(model.codebook.vectors, official["quantize.embedding.weight"])
+    torch.save({"model": official | {"encoder.norm.weight": torch.zeros(32)}}, tmp_path / "vqkd.pth")
+    with pytest.raises(ValueError, match=r"left over: .*norm\.weight"):
+        convert(get_variant("vqkd"), tmp_path / "vqkd.pth", config)
 
 
 # The spec's section 11
@@ -288,7 +280,8 @@ def test_clips_features_are_normed_and_projected():
 
 def test_projection_comes_with_the_checkpoint_of_clip(tmp_path):
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=VIT | {"hidden_size": 16}, projection_dim=12))
+    vision = VIT | {"hidden_size": 16, "projection_dim": 12}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
     clip.save_pretrained(tmp_path)
     model = tiny_model(teacher=str(tmp_path), teacher_config=None, teacher_projection=True)
     assert model.config.target_size == 12
