@@ -161,13 +161,13 @@ def test_masks_of_75_patches_for_every_seed():
 
 
 def test_no_block_spans_a_whole_side(monkeypatch):
-    """Check 1: of one proposal of 75 patches, the flattest, whose side would be 14 or more, are left out, not cut."""
+    """Check 1: of one proposal of 60 to 75 patches, the flattest, whose side would be 14, are left out, not cut."""
     monkeypatch.setattr(blocks, "PROPOSALS", 1)
     draw = keyed_draw(sample_keys(0, 0, range(500)))
-    grid = blocks.block_mask(draw, (14, 14), 75 / 196, min_units=75, min_aspect=0.3).view(500, 14, 14)
+    grid = blocks.block_mask(draw, (14, 14), 75 / 196, min_units=60, min_aspect=0.3).view(500, 14, 14)
     assert max(grid.sum(dim=1).max(), grid.sum(dim=2).max()) < 14
     placed = grid.unfold(1, 5, 1).unfold(2, 5, 1).flatten(3).all(dim=3).flatten(1).any(dim=1)
-    assert 0.6 < placed.float().mean() < 0.95
+    assert 0.4 < placed.float().mean() < 0.9
 
 
 def test_without_extra_blocks_both_heads_agree():
