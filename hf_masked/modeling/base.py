@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ViTConfi
 
 from hf_masked.modeling.parts.backbones import build_backbone, copy_weights, load_backbone
 from hf_masked.modeling.parts.momentum import MomentumTwin
+from hf_masked.modeling.parts.teachers import FrozenTeacher
 
 
 class VariantConfig(PreTrainedConfig):
@@ -141,6 +142,10 @@ class VariantModel(PreTrainedModel):
         """The momentum twins that the model holds, by name."""
         return {name: child for name, child in self.named_children() if isinstance(child, MomentumTwin)}
 
+    def teachers(self) -> list[FrozenTeacher]:
+        """The frozen teachers, which are no modules of the model."""
+        return [value for value in vars(self).values() if isinstance(value, FrozenTeacher)]
+
     def update_twins(self) -> None:
         """Moves the twins towards the weights; `TrainingProgressCallback` calls it after each optimizer step."""
         for twin in self.twins().values():
@@ -165,6 +170,8 @@ class VariantModel(PreTrainedModel):
         if mode:
             for twin in self.twins().values():
                 twin.watch(self)
+            for teacher in self.teachers():
+                teacher.prepare(self.device)
         return super().train(mode)
 
     def no_weight_decay(self) -> set[str]:

@@ -104,7 +104,10 @@ def make_processor(variant: Variant, model: PreTrainedModel, method: MethodArgum
     settings = model.config.processor_settings()
     if method.from_backbone:
         settings |= _normalization_of(method.from_backbone)
-    return getattr(hf_masked, variant.config.processor)(**(settings | method.processor))
+    processor = getattr(hf_masked, variant.config.processor)(**(settings | method.processor))
+    if model.teachers():  # which undo this normalisation, to make their own
+        model.config.image_mean, model.config.image_std = processor.image_mean, processor.image_std
+    return processor
 
 
 def _normalization_of(checkpoint: str) -> dict:

@@ -41,12 +41,18 @@ def training_inputs(variant: Variant, config, batch: int = 4, seed: int = 0) -> 
 
 
 def variation(variant: Variant, **backbone_settings):
-    """The tiny config with other settings of its backbone, those that its backbone has."""
+    """The tiny config with other settings of its backbone, and of its teacher where it has one: those they have."""
     config = variant.tiny_config()
-    known = {name: value for name, value in backbone_settings.items() if hasattr(config.backbone_config, name)}
     settings = copy.deepcopy(config.to_dict())
-    settings["backbone_config"] |= known
+    for part in ("backbone_config", "teacher_config"):
+        if stock := getattr(config, part, None):
+            settings[part] |= {name: value for name, value in backbone_settings.items() if hasattr(stock, name)}
     return type(config)(**settings)
+
+
+def tiny_teacher(config) -> dict:
+    """The settings of a config that name its teacher, where it has one."""
+    return {name: value for name, value in vars(config).items() if name in ("teacher", "teacher_config")}
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from tests.conformance.cases import (
     processor_of,
     skip_if_declined,
     tiny_model,
+    tiny_teacher,
     training_inputs,
     variation,
 )
@@ -190,7 +191,7 @@ def test_rectangles_channels_and_single_samples(variant, channels):
 def test_encoder_starts_from_a_stock_checkpoint(variant, tmp_path):
     model = tiny_model(variant, seed=1)
     model.backbone.save_pretrained(tmp_path)
-    started = variant.pretraining.from_backbone(str(tmp_path))
+    started = variant.pretraining.from_backbone(str(tmp_path), **tiny_teacher(model.config))
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(started.backbone.state_dict()[name], value), name
     assert started(**training_inputs(variant, started.config)).loss.isfinite()

@@ -1,0 +1,297 @@
+"""Frozen teachers: pretrained encoders whose features a method predicts (MaskDistill, DMAE, BEiT v2, ...).
+
+A config with a teacher has the fields `teacher` (a Hub id or a folder, or None for untrained weights from a fixed
+seed), `teacher_config` (the stock config of the teacher's encoder, which `teacher_form` fills in), `image_mean` and
+`image_std` (how the student's pictures are normalised). Its model holds a `FrozenTeacher`.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, ViTConfig
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging as transformers_logging
+
+from hf_masked.modeling.parts.backbones import build_backbone
+from hf_masked.modeling.parts.patches import pair
+
+# What the processors take where nothing is said: ImageNet's statistics for three channels, this for others.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OTHER_MEAN = OTHER_STD = (0.5,)
+
+# The norm after the last block, in stock vision models.
+FINAL_NORMS = ("layernorm", "post_layernorm", "norm")
+# What a teacher does without.
+UNUSED = ("pooler.", "head.", "embeddings.mask_token")
+
+
+def teacher_form(teacher: str | None, teacher_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    """The stock config of a teacher's encoder: what is given, or what the checkpoint says.
+
+    Args:
+        teacher: a folder or a Hub id, of a stock model (of CLIP and its like the vision tower, of ViT-MAE the ViT) or
+            of a model of this package, whose backbone is the teacher.
+        teacher_config: the config or its dict.
+
+    Raises:
+        ValueError: without either, or if there is no such checkpoint.
+    """
+    if isinstance(teacher_config, dict):
+        return AutoConfig.for_model(**teacher_config)
+    if teacher_config is not None:
+        return teacher_config
+    if teacher is None:
+        raise ValueError("There is no teacher: give `teacher`, a folder or a Hub id of a vision model.")
+    return _encoder_part(_read_config(teacher))
+
+
+def check_teacher(config: PreTrainedConfig, layer: int = -1) -> None:
+    """Checks what a config says of its teacher.
+
+    Args:
+        config: with `teacher_config`.
+        layer: the 0-based number of the block that is wanted; negative ones count from the last.
+
+    Raises:
+        ValueError: for a teacher without patch tokens, a layer that it has not, or channels that cannot be adapted.
+    """
+    form = config.teacher_config
+    needed = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "num_channels")
+    if not all(hasattr(form, name) for name in needed) or hasattr(form, "depths"):
+        raise ValueError(
+            f"A teacher of type {form.model_type!r} has no patch tokens of one width on one grid; take a checkpoint "
+            "of a vision Transformer, such as vit, deit, beit, dinov2, dinov2_with_registers, clip or siglip."
+        )
+    if not -form.num_hidden_layers <= layer < form.num_hidden_layers:
+        raise ValueError(
+            f"The teacher has {form.num_hidden_layers} blocks, numbered from 0, and no block {layer}: choose another."
+        )
+    if form.num_channels != config.num_channels and 1 not in (form.num_channels, config.num_channels):
+        raise ValueError(
+            f"The teacher takes {form.num_channels} channels and the student {config.num_channels}; only one channel "
+            "can be repeated or averaged to. Choose a teacher of as many channels."
+        )
+
+
+class FrozenTeacher:
+    """A pretrained encoder in eval mode, without gradient, in float32, outside the module tree of its student.
+
+    So it is neither in the student's parameters nor its optimizer, wrapper or checkpoint, and every process holds it
+    whole. Its weights are loaded when they are first needed: by `VariantModel.train`, or by the first call outside of
+    what is compiled. Blocks above the wanted one are not kept.
+
+    Args:
+        config: the student's, see above.
+        layer: the 0-based number of the block whose output the features are; negative ones count from the last.
+        final_norm: apply the encoder's last norm to them.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer: int = -1, final_norm: bool = False):
+        self.config = config
+        self.depth = layer % config.teacher_config.num_hidden_layers + 1
+        self.final_norm = final_norm
+        self._model: PreTrainedModel | None = None
+        self._norm: nn.Module = nn.Identity()
+        # (mean, std) of the teacher's own pictures; None where nothing is known, and the student's are taken as right.
+        self._normalization: tuple[Sequence[float], Sequence[float]] | None = None
+
+    def prepare(self, device: torch.device) -> PreTrainedModel:
+        """Loads the encoder, if that has not happened yet, and moves it to a device.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or if it is of another form than `teacher_config`.
+        """
+        if self._model is None:
+            self._load()
+        if self._model.device != device:
+            self._model.to(device)
+            self._norm.to(device)
+        return self._model
+
+    def encoder(self, device: torch.device) -> PreTrainedModel:
+        """The stock encoder of `depth` blocks, whose `last_hidden_state` is the last block's output, without a norm.
+
+        Raises:
+            RuntimeError: where the caller is being compiled before the weights have been loaded.
+        """
+        if not torch.compiler.is_compiling():
+            return self.prepare(device)
+        if self._model is None:
+            raise RuntimeError("The teacher is not loaded yet: call the model's `train()` before compiling it.")
+        return self._model
+
+    @torch.no_grad()
+    def features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """What the teacher makes of whole pictures.
+
+        Args:
+            pixel_values: float (batch, channels, height, width), normalised as the student's config says.
+            grid: (rows, columns) of the student's patches; the pictures are resized so that the teacher has as many.
+
+        Returns:
+            float32 (batch, rows * columns, teacher's hidden): patch tokens in raster order, without those before them.
+
+        Raises:
+            ValueError: if the teacher cannot have that grid.
+        """
+        encoder = self.encoder(pixel_values.device)
+        pixel_values = self.pictures(pixel_values, grid)
+        tokens = encoder(pixel_values, **self._interpolation(encoder, pixel_values)).last_hidden_state
+        # Class, distillation and register tokens come first; how many there are, the length says.
+        num_prefix = tokens.shape[1] - grid[0] * grid[1] if tokens.ndim == 3 else -1
+        if num_prefix < 0:
+            raise ValueError(
+                f"The teacher, a {encoder.config.model_type}, makes a tensor {tuple(tokens.shape)} of pictures "
+                f"{tuple(pixel_values.shape)}; it must have at least {grid[0]} x {grid[1]} tokens: choose a teacher "
+                "that keeps one token per patch."
+            )
+        tokens = tokens[:, num_prefix:]
+        return (self._norm(tokens) if self.final_norm else tokens).float()
+
+    def pictures(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The student's pictures in the size, channels and normalisation that the teacher wants, float32."""
+        form = self.config.teacher_config
+        rows, columns = pair(form.patch_size)
+        size = (grid[0] * rows, grid[1] * columns)
+        pixel_values = pixel_values.float()
+        if tuple(pixel_values.shape[-2:]) != size:
+            pixel_values = F.interpolate(pixel_values, size, mode="bicubic", antialias=True, align_corners=False)
+        own = _normalization_of_student(self.config)
+        theirs = own if self._normalization is None else self._normalization
+        if own == theirs and form.num_channels == self.config.num_channels:
+            return pixel_values
+        pixel_values = pixel_values * _per_channel(own[1], pixel_values) + _per_channel(own[0], pixel_values)
+        if form.num_channels == 1:
+            pixel_values = pixel_values.mean(dim=1, keepdim=True)
+        pixel_values = pixel_values.expand(-1, form.num_channels, -1, -1)
+        return (pixel_values - _per_channel(theirs[0], pixel_values)) / _per_channel(theirs[1], pixel_values)
+
+    def _interpolation(self, encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict:
+        """The argument with which a stock model takes pictures of another size than its config's."""
+        own_size, size = pair(encoder.config.image_size), tuple(pixel_values.shape[-2:])
+        if size == own_size:
+            return {}
+        rotary = hasattr(encoder, "rope_embeddings")
+        by_argument = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
+        by_itself = rotary or hasattr(_core(encoder).embeddings, "interpolate_pos_encoding")
+        # Stock models take a table of positions for that of a square.
+        if not (by_argument or by_itself) or (own_size[0] != own_size[1] and not rotary):
+            patch = pair(encoder.config.patch_size)
+            raise ValueError(
+                f"The student's grid asks for pictures of {size[0]} x {size[1]} pixels, but the positions of the "
+                f"teacher, a {encoder.config.model_type} for {own_size[0]} x {own_size[1]}, cannot be interpolated: "
+                f"give the student {own_size[0] // patch[0]} x {own_size[1] // patch[1]} patches, or choose another "
+                "teacher."
+            )
+        return {"interpolate_pos_encoding": True} if by_argument else {}
+
+    def _load(self) -> None:
+        name, form = self.config.teacher, self.config.teacher_config
+        if name is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(0)
+                model = build_backbone(form)
+        else:
+            model = _load_encoder(name, form)
+            self._normalization = _normalization_of_checkpoint(name)
+        blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == form.num_hidden_layers]
+        del blocks[0][self.depth :]
+        self._norm = _take_final_norm(model)
+        if self.final_norm and isinstance(self._norm, nn.Identity):
+            raise ValueError(f"The teacher, a {form.model_type}, has no norm after its last block: leave it out.")
+        self._model = model.eval().requires_grad_(False).float()
+        self._norm.eval().requires_grad_(False).float()
+
+
+def _read_config(name: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The teacher {name} is neither a folder with a checkpoint nor a Hub id that can be reached: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _is_ours(config: PreTrainedConfig) -> bool:
+    return config.model_type.startswith("hf_masked_")
+
+
+def _encoder_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Of a model with several parts the config of the vision encoder."""
+    if _is_ours(config):
+        return config.backbone_config
+    if config.model_type == "vit_mae":
+        # The same encoder, which as ViT-MAE would mask its input.
+        settings = {name: value for name, value in config.to_dict().items() if name in ViTConfig().to_dict()}
+        return ViTConfig(**settings | {"model_type": "vit", "architectures": None})
+    return getattr(config, "vision_config", config)
+
+
+def _load_encoder(name: str, form: PreTrainedConfig) -> PreTrainedModel:
+    """The encoder of a checkpoint; raises a ValueError where it does not hold all of it."""
+    ours = _is_ours(_read_config(name))
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # of text towers, decoders and heads, which are left out
+    try:
+        with torch.random.fork_rng(devices=[]):
+            arguments = {} if ours else {"config": form}
+            model, report = AutoModel.from_pretrained(name, output_loading_info=True, **arguments)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    encoder = model.backbone if ours else model
+    prefix = "backbone." if ours else ""
+    missing = [key for key in report["missing_keys"] if not key.removeprefix(prefix).startswith(UNUSED)]
+    if missing:
+        raise ValueError(f"{name} does not hold all of a {form.model_type}: {', '.join(sorted(missing)[:5])} lack.")
+    if encoder.config.hidden_size != form.hidden_size or pair(encoder.config.patch_size) != pair(form.patch_size):
+        raise ValueError(
+            f"The teacher {name} is {encoder.config.hidden_size} wide with patches of {encoder.config.patch_size} "
+            f"pixels; the student was made for one of {form.hidden_size} and {form.patch_size}. Give it that one."
+        )
+    return encoder
+
+
+def _core(model: PreTrainedModel) -> nn.Module:
+    """What holds embeddings, blocks and the last norm; some versions of transformers wrap that of CLIP and SigLIP."""
+    return getattr(model, "vision_model", model)
+
+
+def _take_final_norm(model: PreTrainedModel) -> nn.Module:
+    """Takes the norm after the last block out of a stock model and returns it."""
+    for name in FINAL_NORMS:
+        if isinstance(norm := getattr(_core(model), name, None), nn.Module):
+            setattr(_core(model), name, nn.Identity())
+            return norm
+    raise ValueError(
+        f"{type(model).__name__} has no norm named {', '.join(FINAL_NORMS)} after its last block, so it is not "
+        "known whether its output is normed: choose a teacher of another type."
+    )
+
+
+Normalization = tuple[Sequence[float], Sequence[float]]
+
+
+def _normalization_of_checkpoint(name: str) -> Normalization | None:
+    """Mean and deviation in a checkpoint's image processor."""
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:
+        return None
+    if not settings.get("do_normalize", True) or "image_mean" not in settings:
+        return None
+    return tuple(settings["image_mean"]), tuple(settings["image_std"])
+
+
+def _normalization_of_student(config: PreTrainedConfig) -> Normalization:
+    rgb = config.num_channels == 3
+    mean = (IMAGENET_MEAN if rgb else OTHER_MEAN) if config.image_mean is None else config.image_mean
+    std = (IMAGENET_STD if rgb else OTHER_STD) if config.image_std is None else config.image_std
+    return tuple(mean if isinstance(mean, Sequence) else [mean]), tuple(std if isinstance(std, Sequence) else [std])
+
+
+def _per_channel(values: Sequence[float], pixel_values: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, device=pixel_values.device).view(-1, 1, 1)
