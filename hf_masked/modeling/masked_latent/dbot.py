@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
 from transformers import initialization as init
 from transformers.utils.output_capturing import capture_outputs
 
@@ -24,7 +24,9 @@ from hf_masked.modeling.parts.backbones import (
     VISIBLE_TOKEN_BACKBONES,
     backbone_grid,
     check_visible_token_backbone,
+    copy_weights,
     encode_visible,
+    load_backbone,
     make_layers_identity,
     num_prefix_tokens,
     set_drop_path,
@@ -35,9 +37,9 @@ from hf_masked.modeling.parts.momentum import MomentumTwin
 from hf_masked.modeling.parts.patches import pair, patchify, unpatchify
 from hf_masked.modeling.parts.state_dicts import rename_weights
 from hf_masked.modeling.parts.targets import normalize_patches
+from hf_masked.modeling.parts.teachers import FrozenTeacher, check_teacher, teacher_form
 from hf_masked.modeling.registry import register_variant
 
-INITIAL_TEACHERS = ("student_init", "random", "patch_embedding")
 LOSSES = ("smooth_l1", "cosine")
 
 # What stage k is drawn from is this and k: the same in every process and in a run that is resumed.
@@ -55,7 +57,13 @@ class DBOTConfig(MaskedPatchesConfig):
         num_stages: equal parts of the training. At the start of each but the first the student becomes the teacher,
             and a new student begins from scratch.
         initial_teacher: the first one: the student's own initial weights ("student_init", the paper's for ViT-B),
-            others ("random"), or the patch embedding alone, with positions ("patch_embedding", for ViT-L and ViT-H).
+            others ("random"), the patch embedding alone, with positions ("patch_embedding", for ViT-L and ViT-H), or
+            those of a folder or Hub id with an encoder of the student's form.
+        teacher: folder or Hub id of any vision Transformer (of CLIP and its like the vision tower), which teaches the
+            masked patches in one stage, in place of the above.
+        teacher_config: the stock config of its encoder; by default what its checkpoint says.
+        image_mean, image_std: how the pictures are normalised, if that teacher wants them otherwise; by default as the
+            image processor does by default.
         teacher_final_norm: take the teacher's tokens after its final norm; else as its last block leaves them.
         normalize_target: each token of the target less its mean and over its standard deviation.
         loss: "smooth_l1" or "cosine".
@@ -79,9 +87,14 @@ class DBOTConfig(MaskedPatchesConfig):
     masks: ClassVar[str] = "random patches, dropped before the encoder"
     predicts: ClassVar[str] = "features of the masked patches by a teacher, at first an untrained one"
     backbones: ClassVar[tuple[str, ...]] = tuple(VISIBLE_TOKEN_BACKBONES)
+    sub_configs: ClassVar[dict] = MaskedPatchesConfig.sub_configs | {"teacher_config": AutoConfig}
 
     num_stages: int = 2
     initial_teacher: str = "student_init"
+    teacher: str | None = None
+    teacher_config: dict | PreTrainedConfig | None = None
+    image_mean: float | list[float] | None = None
+    image_std: float | list[float] | None = None
     teacher_final_norm: bool = False
     normalize_target: bool = True
     loss: str = "smooth_l1"
@@ -96,22 +109,36 @@ class DBOTConfig(MaskedPatchesConfig):
     fixed_positions: bool = True
     classifier_pooling: str = "mean"
 
+    def __post_init__(self, **kwargs):
+        if self.teacher is not None or self.teacher_config is not None:
+            self.teacher_config = teacher_form(self.teacher, self.teacher_config)
+        super().__post_init__(**kwargs)
+
     def check(self) -> None:
         super().check()
         check_visible_token_backbone(self.backbone_config)
         mae.check_decoder_and_pooling(self)
         if self.num_stages < 1:
             raise ValueError(f"num_stages is {self.num_stages}; it must be at least 1. The paper's is 2.")
-        if self.initial_teacher not in INITIAL_TEACHERS:
-            raise ValueError(
-                f"initial_teacher is {self.initial_teacher!r}; it must be one of {', '.join(INITIAL_TEACHERS)}."
-            )
+        if self.teacher_config is not None:
+            check_teacher(self)
+            if self.num_stages > 1 or self.loss_on_class_token:
+                raise ValueError(
+                    f"num_stages={self.num_stages} and loss_on_class_token={self.loss_on_class_token} with a teacher "
+                    "of its own form, which teaches the patches in one stage: set num_stages=1 and "
+                    "loss_on_class_token=False, or name an encoder like the student's as initial_teacher instead."
+                )
         if self.loss not in LOSSES:
             raise ValueError(f"loss is {self.loss!r}; it must be one of {', '.join(LOSSES)}.")
         if self.smooth_l1_beta <= 0:
             raise ValueError(f"smooth_l1_beta is {self.smooth_l1_beta}; it must be positive. The paper's is 2.")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate is {self.drop_path_rate}; it must lie in [0, 1). The paper's is 0.2.")
+
+    @property
+    def teacher_size(self) -> int:
+        """Width of the teacher's features."""
+        return self.hidden_size if self.teacher_config is None else self.teacher_config.hidden_size
 
     @classmethod
     def of_backbone(cls, backbone_config: PreTrainedConfig, **arguments) -> "DBOTConfig":
@@ -124,8 +151,9 @@ class DBOTOutput(MaskedPreTrainingOutput):
     """Output of `DBOTForPreTraining`.
 
     Args:
-        logits: (batch, prefix + units, hidden), the class token's prediction first.
-        target: float32 (batch, prefix + units, hidden), what they should be; None with `return_loss=False`.
+        logits: (batch, prefix + units, teacher's hidden), the class token's prediction first.
+        target: float32, likewise, what they should be; None with `return_loss=False`. Zero in the rows of the class
+            token where the teacher is of its own form.
     """
 
     target: torch.Tensor | None = None
@@ -148,15 +176,32 @@ class Teacher(MomentumTwin):
 
     @torch.no_grad()
     def reset(self, online: "DBOTForPreTraining") -> None:
-        """Makes it the first teacher."""
+        """Makes it the first teacher.
+
+        Raises:
+            ValueError: for an encoder that cannot be found or is not of the student's form.
+        """
         self.succeed(online)
-        if online.config.initial_teacher == "random":
-            for mine, drawn in zip(
-                self.parameters(), new_student(online.config, 0).backbone.parameters(), strict=True
-            ):
-                mine.copy_(drawn)
-        elif online.config.initial_teacher == "patch_embedding":
+        first = online.config.initial_teacher
+        if first == "student_init" or next(self.parameters()).is_meta:  # before a checkpoint is loaded
+            return
+        if first == "patch_embedding":
             make_layers_identity(self.backbone)
+        elif first == "random":
+            copy_weights(new_student(online.config, 0).backbone, self.backbone)
+        else:
+            self._copy_encoder(first)
+
+    def _copy_encoder(self, name: str) -> None:
+        encoder = load_backbone(name)
+        try:
+            copy_weights(encoder, self.backbone)
+        except RuntimeError as error:
+            raise ValueError(
+                f"initial_teacher={name!r} is an encoder of another form than the student's, a "
+                f"{self.backbone.config.model_type}: give one with the same settings; or name it as `teacher`, with "
+                "num_stages=1 and loss_on_class_token=False."
+            ) from error
 
     def succeed(self, online: nn.Module) -> None:
         """Makes it the copy of the student's encoder."""
@@ -186,7 +231,7 @@ class DBOTStudent(MAEPreTrainedModel):
             num_attention_heads=config.decoder_num_attention_heads,
             intermediate_size=config.decoder_intermediate_size,
             grid=backbone_grid(config.backbone_config),
-            output_size=config.hidden_size,
+            output_size=config.teacher_size,
             num_prefix_tokens=num_prefix_tokens(config.backbone_config),
             drop_path_rate=config.drop_path_rate,
             predicts_prefix=True,
@@ -223,7 +268,8 @@ class DBOTForPreTraining(DBOTStudent):
         super().__init__(config)
         self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
         self._known_stage: int | None = None
-        self.teacher = Teacher(self)
+        own_form = config.teacher_config is not None
+        self.teacher = FrozenTeacher(config, final_norm=config.teacher_final_norm) if own_form else Teacher(self)
         # The student's constructor has prepared what was there before.
         self.post_init()
 
@@ -261,14 +307,14 @@ class DBOTForPreTraining(DBOTStudent):
         if bool_masked_pos is None:
             bool_masked_pos = self.draw_mask(pixel_values, grid, noise, generator)
         # Out here, so that hidden states and attentions that are asked for are not the teacher's.
-        target = self.target(pixel_values) if return_loss else None
+        target = self.target(pixel_values, grid) if return_loss else None
         return self._predict(pixel_values, bool_masked_pos, grid, target, **kwargs)
 
     @capture_outputs(tie_last_hidden_states=False)
     def _predict(self, pixel_values, bool_masked_pos, grid, target, **kwargs) -> DBOTOutput:
         visible = self._visible(bool_masked_pos, grid)  # (batch, visible)
         encoded = encode_visible(self.backbone, pixel_values, visible, **kwargs)  # (batch, prefix + visible, hidden)
-        logits = self.decoder(encoded, visible, grid)  # (batch, prefix + units, hidden)
+        logits = self.decoder(encoded, visible, grid)  # (batch, prefix + units, teacher's hidden)
         loss = None if target is None else self.loss(logits, target, bool_masked_pos)
         return DBOTOutput(
             loss=loss,
@@ -280,16 +326,20 @@ class DBOTForPreTraining(DBOTStudent):
         )
 
     @torch.no_grad()
-    def target(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the teacher makes of whole pictures: float32 (batch, prefix + units, hidden)."""
-        tokens = encode_visible(self.teacher.backbone, pixel_values, final_norm=self.config.teacher_final_norm).float()
+    def target(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """What the teacher makes of whole pictures: float32 (batch, prefix + units, teacher's hidden)."""
+        if isinstance(self.teacher, FrozenTeacher):
+            tokens = F.pad(self.teacher.features(pixel_values, grid), (0, 0, self.decoder.num_prefix_tokens, 0))
+        else:
+            final_norm = self.config.teacher_final_norm
+            tokens = encode_visible(self.teacher.backbone, pixel_values, final_norm=final_norm).float()
         return normalize_patches(tokens) if self.config.normalize_target else tokens
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
         """Mean over the rows of masked patches and of the class token (`forward_loss`).
 
         Args:
-            logits, target: (batch, prefix + units, hidden).
+            logits, target: (batch, prefix + units, teacher's hidden).
         """
         num_prefix = logits.shape[1] - bool_masked_pos.shape[1]
         counted = F.pad(bool_masked_pos, (num_prefix, 0), value=self.config.loss_on_class_token)
@@ -324,7 +374,12 @@ class DBOTForPreTraining(DBOTStudent):
         Args:
             stage: its number; by default the one after the current.
             optimizer: forgets its averages with `reset_optimizer_state`.
+
+        Raises:
+            ValueError: with a teacher of its own form, which the student cannot succeed.
         """
+        if isinstance(self.teacher, FrozenTeacher):
+            raise ValueError(f"The student cannot succeed {self.config.teacher} as the teacher: there is one stage.")
         stage = self.stage.item() + 1 if stage is None else stage
         self.teacher.succeed(self)
         for name, drawn in new_student(self.config, stage).named_parameters():

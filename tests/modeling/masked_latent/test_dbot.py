@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import DeiTConfig, Dinov2Config, ViTConfig
+from transformers import (
+    AutoModel,
+    CLIPVisionConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    SwinConfig,
+    ViTConfig,
+)
 
 from hf_masked import DBOTConfig, DBOTForImageClassification, DBOTForPreTraining, MAEForPreTraining
 from hf_masked.modeling.masked_image.mae import MAEConfig
@@ -26,6 +34,7 @@ from hf_masked.training.callbacks import TrainingProgressCallback
 from tests.conformance.test_training import trainer_of, weights
 from tests.parity.fill import filled, filled_noise, filled_pixels
 
+ONE_STAGE = {"num_stages": 1, "loss_on_class_token": False}
 PARITY = json.loads((Path(__file__).parents[2] / "parity" / "dbot.json").read_text())["pretraining"]
 
 
@@ -88,6 +97,10 @@ def tiny(**settings) -> DBOTForPreTraining:
     return DBOTForPreTraining(DBOTConfig(**tiny_config().to_dict() | settings))
 
 
+def target_of(model, pixel_values: torch.Tensor) -> torch.Tensor:
+    return model.target(pixel_values, model._check_inputs(pixel_values, None))
+
+
 def same(ours, theirs) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
@@ -102,7 +115,7 @@ def test_loss_predictions_and_targets_are_the_references(run):
     assert output.loss.item() == pytest.approx(stored["loss"], rel=1e-5)
     close(output.logits, stored["pred"])
     model.config.normalize_target = False
-    close(model.target(pixel_values), stored["teacher"])
+    close(target_of(model, pixel_values), stored["teacher"])
 
 
 @pytest.mark.parametrize("run", PARITY)
@@ -280,15 +293,15 @@ def test_targets_are_normalised_per_token_before_the_final_norm():
     model, pixel_values = tiny(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         model.teacher.backbone.layernorm.bias.fill_(7.0)
-    target = model.target(pixel_values)
+    target = target_of(model, pixel_values)
     model.config.normalize_target = False
-    raw = model.target(pixel_values)
+    raw = target_of(model, pixel_values)
     assert target.shape == (2, 17, 32) and not target.requires_grad
     variance = raw.var(dim=-1)
     torch.testing.assert_close(target.mean(dim=-1), torch.zeros(2, 17), rtol=0, atol=1e-5)
     torch.testing.assert_close(target.var(dim=-1), variance / (variance + 1e-6))
     model.config.teacher_final_norm = True
-    torch.testing.assert_close(model.target(pixel_values), model.teacher.backbone.layernorm(raw))
+    torch.testing.assert_close(target_of(model, pixel_values), model.teacher.backbone.layernorm(raw))
 
 
 # Check 4.
@@ -302,13 +315,13 @@ def test_patch_embedding_as_a_teacher_is_linear_in_the_patch(kind):
     projected = embeddings.patch_embeddings.projection(pixel_values).flatten(2).transpose(1, 2)
     prefix = 2 if kind is DeiTConfig else 1
     expected = projected + embeddings.position_embeddings[:, prefix:]
-    torch.testing.assert_close(model.target(pixel_values)[:, prefix:], expected)
-    torch.testing.assert_close(model.target(pixel_values)[0, 0], embeddings.cls_token[0, 0])
+    torch.testing.assert_close(target_of(model, pixel_values)[:, prefix:], expected)
+    torch.testing.assert_close(target_of(model, pixel_values)[0, 0], embeddings.cls_token[0, 0])
     model.config.normalize_target = True
-    torch.testing.assert_close(model.target(pixel_values)[:, prefix:], normalize_patches(expected))
+    torch.testing.assert_close(target_of(model, pixel_values)[:, prefix:], normalize_patches(expected))
     model.start_stage()
     model.config.normalize_target = False
-    assert (model.target(pixel_values)[:, prefix:] - expected).abs().max() > 0.1
+    assert (target_of(model, pixel_values)[:, prefix:] - expected).abs().max() > 0.1
 
 
 # Check 5: tests/training/test_optimization.py tests the schedule itself.
@@ -404,6 +417,54 @@ def test_plain_trainers_without_the_callback_are_told_that_no_stage_starts(caplo
         assert ("TrainingProgressCallback" in caplog.text) == warns
 
 
+# Check 7.
+
+
+@pytest.mark.parametrize(("form", "patch"), [(CLIPVisionConfig, 16), (Dinov2WithRegistersConfig, 4), (ViTConfig, 8)])
+def test_teachers_of_another_width_patch_and_prefix(form, patch, tmp_path):
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 4 * patch}
+    AutoModel.from_config(form(**sizes, patch_size=patch)).save_pretrained(tmp_path / "teacher")
+    model = tiny(teacher=str(tmp_path / "teacher"), normalize_target=False, loss="cosine", **ONE_STAGE).train()
+    pixel_values = torch.randn(2, 3, 32, 32)
+    mask = torch.arange(16).expand(2, -1) % 4 > 0
+    output = model(pixel_values, mask)
+    assert output.logits.shape == output.target.shape == (2, 17, 24)
+    rows = 1 - F.cosine_similarity(output.logits[:, 1:], output.target[:, 1:], dim=-1)
+    torch.testing.assert_close(output.loss, rows[mask].mean())
+    encoder = AutoModel.from_pretrained(tmp_path / "teacher").eval()
+    pictures = F.interpolate(pixel_values, (4 * patch, 4 * patch), mode="bicubic", antialias=True)
+    expected = encoder(pictures, output_hidden_states=True).hidden_states[-1][:, -16:]
+    torch.testing.assert_close(output.target[:, 1:], expected, rtol=1e-4, atol=1e-5)
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.learning_rate_cycles() == 1 and not any("teacher" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path / "student")
+    loaded = DBOTForPreTraining.from_pretrained(tmp_path / "student")
+    torch.testing.assert_close(loaded.eval()(pixel_values, mask).loss, model.eval()(pixel_values, mask).loss)
+    assert {panel.shape for panel in model.pictures(pixel_values, mask).values()} == {pixel_values.shape}
+    with pytest.raises(ValueError, match="one stage"):
+        model.start_stage()
+
+
+def test_first_teacher_may_be_a_pretrained_encoder_of_the_students_form(tmp_path):
+    other = tiny()
+    with torch.no_grad():
+        other.backbone.embeddings.cls_token.fill_(0.5)
+    other.backbone.save_pretrained(tmp_path / "encoder")
+    model = tiny(initial_teacher=str(tmp_path / "encoder"))
+    assert same(model.teacher.backbone, other.backbone) and not same(model.teacher.backbone, model.backbone)
+    model.start_stage()
+    model.save_pretrained(tmp_path / "student")
+    (tmp_path / "encoder").rename(tmp_path / "gone")
+    loaded = DBOTForPreTraining.from_pretrained(tmp_path / "student")
+    assert same(loaded.teacher, model.teacher), "a checkpoint needs the first teacher no more"
+    AutoModel.from_config(ViTConfig(hidden_size=24, num_attention_heads=2)).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="another form"):
+        tiny(initial_teacher=str(tmp_path / "encoder"))
+    with pytest.raises(ValueError, match="clip is neither"):
+        tiny(initial_teacher="clip")
+
+
 # Check 8.
 
 
@@ -418,7 +479,7 @@ def test_with_pixels_as_target_it_is_mae():
     )
     model = DBOTForPreTraining(config).eval()
     model.load_state_dict(mae.state_dict(), strict=False)
-    model.target = lambda pixels: F.pad(normalize_patches(patchify(pixels, (4, 4))), (0, 0, 1, 0))
+    model.target = lambda pixels, grid: F.pad(normalize_patches(patchify(pixels, (4, 4))), (0, 0, 1, 0))
     pixel_values, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     ours, theirs = model(pixel_values, noise=noise), mae(pixel_values, noise=noise)
     torch.testing.assert_close(ours.logits[:, 1:], theirs.logits)
@@ -436,7 +497,7 @@ def test_drop_path_leaves_out_branches_of_some_samples_of_the_student_alone():
     assert (branch == branch[:, :1, :1]).all() and branch.mean().item() == pytest.approx(1.0, abs=0.03)
     assert torch.equal(DropPath(0.25).eval()(branch), branch)
     model, pixel_values = tiny(drop_path_rate=0.5).train(), torch.randn(2, 3, 32, 32)
-    assert torch.equal(model.target(pixel_values), model.target(pixel_values))
+    assert torch.equal(target_of(model, pixel_values), target_of(model, pixel_values))
     outputs = torch.stack([encode_visible(model.backbone, pixel_values) for _ in range(8)])
     assert (outputs.std(dim=0) > 0).all()
     model.eval()
@@ -458,7 +519,9 @@ def test_export_of_a_model_with_drop_path_is_the_plain_backbone(tmp_path):
     ("settings", "words"),
     [
         ({"num_stages": 0}, ["num_stages", "0"]),
-        ({"initial_teacher": "clip"}, ["clip", "student_init"]),
+        ({"teacher_config": ViTConfig()}, ["num_stages=1", "loss_on_class_token=False", "initial_teacher"]),
+        (ONE_STAGE | {"teacher_config": SwinConfig(num_channels=4)}, ["swin"]),
+        (ONE_STAGE | {"teacher": "no/such"}, ["no/such"]),
         ({"loss": "l1"}, ["l1", "smooth_l1"]),
         ({"smooth_l1_beta": 0.0}, ["smooth_l1_beta", "0.0"]),
         ({"drop_path_rate": 1.0}, ["drop_path_rate", "1.0"]),
@@ -475,7 +538,7 @@ def test_configs_that_do_not_fit_say_so(settings, words):
 def test_pictures_show_colours_and_agreement():
     model, pixel_values = tiny().eval(), torch.randn(3, 3, 32, 32)
     mask = torch.arange(16).expand(3, -1) % 4 > 0
-    target = model.target(pixel_values)
+    target = target_of(model, pixel_values)
     # A decoder that knows the answer in the upper half and its opposite in the lower one.
     sign = torch.where(torch.arange(17) < 9, 1.0, -1.0)[:, None]
     model.decoder.forward = lambda tokens, visible, grid: target * sign
