@@ -212,7 +212,7 @@ class DBOTModel(MAEModel):
     """The encoder, MAE's: without a mask the plain backbone, with one it sees the visible patches only."""
 
     config: DBOTConfig
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(decoder|teacher)\..*", r"stage"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(decoder|teacher)\..*", r"^stage$"]
 
 
 class DBOTStudent(MAEPreTrainedModel):
@@ -434,7 +434,7 @@ class DBOTForImageClassification(MAEForImageClassification):
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
         r"backbone\.layernorm\..*",
         r"(decoder|teacher)\..*",
-        r"stage",
+        r"^stage$",
     ]
 
 
