@@ -421,8 +421,8 @@ class DBOTForPreTraining(DBOTStudent):
         return {
             "picture": pixel_values,
             "masked": unpatchify(masked, grid, patch_size),
-            "predicted features (principal components)": draw(colours(predicted)),
-            "teacher's features (principal components)": draw(colours(target)),
+            "predicted features (components)": draw(colours(predicted)),
+            "teacher's features (components)": draw(colours(target)),
             "their cosine (masked patches)": draw(cosine),
         }
 
