@@ -151,6 +151,20 @@ class VariantModel(PreTrainedModel):
         for twin in self.twins().values():
             twin.update(self, self.training_progress)
 
+    def on_progress(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """What changes at points of the training; `TrainingProgressCallback` calls it before each optimizer step.
+
+        `training_progress` is then the share of the steps that are done. Whether something has been changed already
+        must be told from what is saved, so that a run that is resumed changes neither too little nor twice.
+
+        Args:
+            optimizer: of the run, which may hold averages of what is changed.
+        """
+
+    def learning_rate_cycles(self) -> int:
+        """How many times the learning rate's schedule runs through, where a method trains in stages."""
+        return 1
+
     def train(self, mode: bool = True):
         # The Trainer calls this at each step, outside of what is compiled.
         if mode:

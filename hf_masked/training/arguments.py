@@ -29,6 +29,13 @@ class PreTrainingArguments(TrainingArguments):
             "nothing else. Replaces `lr_scheduler_type`."
         },
     )
+    lr_cycles: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many times the learning rate's schedule, warm-up included, runs through in the training; by "
+            "default once per stage of the method. `warmup_steps` then counts in one of them, as a share too."
+        },
+    )
     layer_decay: float | None = field(
         default=None, metadata={"help": "Factor of the learning rate per layer, from the top down; none by default."}
     )
@@ -87,6 +94,8 @@ class PreTrainingArguments(TrainingArguments):
             raise ValueError(f"base_learning_rate is {self.base_learning_rate}; it must be positive.")
         if self.lr_milestones and not 0 < min(self.lr_milestones) <= max(self.lr_milestones) < 1:
             raise ValueError(f"lr_milestones are {self.lr_milestones}; shares of the training lie between 0 and 1.")
+        if self.lr_cycles is not None and self.lr_cycles < 1:
+            raise ValueError(f"lr_cycles is {self.lr_cycles}; it must be at least 1.")
         if self.nonfinite not in ("stop", "skip"):
             raise ValueError(f"nonfinite is {self.nonfinite!r}; it must be 'stop' or 'skip'.")
         if self.nonfinite_check_steps < 1:

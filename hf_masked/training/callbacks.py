@@ -19,11 +19,16 @@ COLLAPSED = 0.05
 
 
 class TrainingProgressCallback(TrainerCallback):
-    """Tells the model how far training has come, `model.training_progress` from 0 to 1, and moves its momentum twins
-    after each step of the optimizer."""
+    """Tells the model how far training has come, `model.training_progress` from 0 to 1, calls its `on_progress` before
+    each step of the optimizer, and moves its momentum twins after it."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._set(model, state)
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        # Not at the end of the step before: probes and checkpoints there see what that step has left.
+        if hasattr(model, "on_progress"):
+            model.on_progress(optimizer)
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         # With fp16, Accelerate's optimizer skips steps whose gradients overflow.

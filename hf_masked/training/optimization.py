@@ -1,5 +1,6 @@
 """What optimizers are given: parameter groups, learning rates that scale with the batch, and LARS."""
 
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -41,6 +42,40 @@ def multistep_schedule(
         return step / warmup_steps if step < warmup_steps else factor ** bisect_right(milestones, step)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+
+
+def repeated_schedule(scheduler: LRScheduler, cycles: int, num_training_steps: int) -> LRScheduler:
+    """Runs a schedule through several times, warm-up included, in equal parts of the training.
+
+    Args:
+        scheduler: the schedule of one part, of `cycle_length` steps.
+        cycles: number of parts.
+        num_training_steps: of the whole training; part k begins at its step ceil(k * num_training_steps / cycles).
+
+    Raises:
+        ValueError: for a schedule that is no function of the step.
+    """
+    if cycles == 1:
+        return scheduler
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot be run through {cycles} times: choose an lr_scheduler_type such as "
+            "cosine or linear, or lr_cycles=1."
+        )
+
+    def repeated(schedule):
+        def scale(step: int) -> float:
+            cycle = min(step * cycles // num_training_steps, cycles - 1)
+            return schedule(step - math.ceil(cycle * num_training_steps / cycles))
+
+        return scale
+
+    return LambdaLR(scheduler.optimizer, [repeated(schedule) for schedule in scheduler.lr_lambdas])
+
+
+def cycle_length(cycles: int, num_training_steps: int) -> int:
+    """Steps of one of `cycles` equal parts of the training, of the longest where they are not quite equal."""
+    return math.ceil(num_training_steps / cycles)
 
 
 def parameter_groups(

@@ -32,8 +32,10 @@ from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
 from hf_masked.training.faults import NonFiniteGuard, StopSignals, leave_signals_to_parent
 from hf_masked.training.hub import HubMixin
 from hf_masked.training.optimization import (
+    cycle_length,
     multistep_schedule,
     parameter_groups,
+    repeated_schedule,
     scaled_learning_rate,
     spare_constant_rates,
 )
@@ -172,9 +174,16 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
-            self.lr_scheduler = spare_constant_rates(self._schedule(num_training_steps, optimizer))
+            cycles = self._learning_rate_cycles()
+            schedule = self._schedule(cycle_length(cycles, num_training_steps), optimizer)
+            self.lr_scheduler = spare_constant_rates(repeated_schedule(schedule, cycles, num_training_steps))
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _learning_rate_cycles(self) -> int:
+        if self.args.lr_cycles is not None:
+            return self.args.lr_cycles
+        return self.model.learning_rate_cycles() if hasattr(self.model, "learning_rate_cycles") else 1
 
     def _schedule(self, num_training_steps: int, optimizer):
         if not self.args.lr_milestones:

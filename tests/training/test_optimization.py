@@ -1,3 +1,6 @@
+import itertools
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -9,15 +12,18 @@ from transformers import (
     ResNetConfig,
     SwinConfig,
     ViTConfig,
+    get_cosine_schedule_with_warmup,
     get_scheduler,
 )
 
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.optimization import (
     LARS,
+    cycle_length,
     layer_scales,
     multistep_schedule,
     parameter_groups,
+    repeated_schedule,
     scaled_learning_rate,
     spare_constant_rates,
 )
@@ -246,6 +252,55 @@ def test_trainer_follows_the_milestones_of_simmims_recipe(tmp_path):
     found = rates(trainer.create_scheduler(800), trainer.optimizer, 800)
     assert found[:11] == pytest.approx([step / 10 for step in range(11)])
     assert set(found[10:700]) == {1.0} and found[700:] == pytest.approx([0.1] * 100)
+
+
+@pytest.mark.parametrize(("steps", "cycles"), [(20, 2), (21, 3), (22, 3), (7, 1)])
+def test_repeated_schedule_runs_through_in_each_part_of_the_training(steps, cycles):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    length = cycle_length(cycles, steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 2, length)
+    found = rates(repeated_schedule(schedule, cycles, steps), optimizer, steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    once = rates(get_cosine_schedule_with_warmup(optimizer, 2, length), optimizer, length)
+    starts = [math.ceil(k * steps / cycles) for k in range(cycles)]
+    assert max(once) == 2.0 and once[0] == 0.0
+    for start, end in itertools.pairwise([*starts, steps]):
+        assert found[start:end] == pytest.approx(once[: end - start])
+    # After the last step it is down at zero.
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_schedules_that_are_no_function_of_the_step_cannot_be_repeated():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    assert repeated_schedule(plateau, 1, 10) is plateau
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateau.*2 times"):
+        repeated_schedule(plateau, 2, 10)
+
+
+def test_recipe_may_ask_for_cycles_and_the_method_for_its_own(tmp_path):
+    from hf_masked import DBOTForPreTraining, MAEForPreTraining
+    from hf_masked.modeling.masked_image.mae import tiny_config as mae_config
+    from hf_masked.modeling.masked_latent.dbot import tiny_config as dbot_config
+    from hf_masked.training.trainer import PreTrainer
+
+    def found(model, **settings):
+        args = PreTrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, learning_rate=1.0, lr_scheduler_type="cosine", **settings
+        )
+        trainer = PreTrainer(model=model, args=args)
+        trainer.create_optimizer()
+        return rates(trainer.create_scheduler(40), trainer.optimizer, 40)
+
+    once = found(MAEForPreTraining(mae_config()), warmup_steps=0.1)
+    assert once[:5] == [0.0, 0.25, 0.5, 0.75, 1.0] and sorted(once[4:], reverse=True) == once[4:]
+    # A share of warm-up is one of each part.
+    twice = found(MAEForPreTraining(mae_config()), warmup_steps=0.2, lr_cycles=2)
+    assert twice[:5] == [0.0, 0.25, 0.5, 0.75, 1.0] and twice[20:] == pytest.approx(twice[:20])
+    assert found(DBOTForPreTraining(dbot_config()), warmup_steps=0.2) == pytest.approx(twice)
+    assert found(DBOTForPreTraining(dbot_config()), warmup_steps=0.1, lr_cycles=1) == pytest.approx(once)
+    with pytest.raises(ValueError, match="lr_cycles is 0"):
+        found(None, lr_cycles=0)
 
 
 def test_milestones_outside_the_training_are_refused(tmp_path):

@@ -73,18 +73,23 @@ class MAEConfig(MaskedPatchesConfig):
     def check(self) -> None:
         super().check()
         check_visible_token_backbone(self.backbone_config)
-        if self.decoder_hidden_size % self.decoder_num_attention_heads:
-            raise ValueError(
-                f"decoder_hidden_size={self.decoder_hidden_size} is no multiple of "
-                f"decoder_num_attention_heads={self.decoder_num_attention_heads}."
-            )
-        if self.classifier_pooling not in ("mean", "cls"):
-            raise ValueError(f"classifier_pooling is {self.classifier_pooling!r}; it must be 'mean' or 'cls'.")
+        check_decoder_and_pooling(self)
 
     @classmethod
     def of_backbone(cls, backbone_config: PreTrainedConfig, **arguments) -> "MAEConfig":
         # A pretrained encoder brings its own positions.
         return cls(backbone_config=backbone_config, **{"fixed_positions": False, **arguments})
+
+
+def check_decoder_and_pooling(config: PreTrainedConfig) -> None:
+    """Raises a ValueError for a decoder whose heads do not divide it, or an unknown pooling of the classifier."""
+    if config.decoder_hidden_size % config.decoder_num_attention_heads:
+        raise ValueError(
+            f"decoder_hidden_size={config.decoder_hidden_size} is no multiple of "
+            f"decoder_num_attention_heads={config.decoder_num_attention_heads}."
+        )
+    if config.classifier_pooling not in ("mean", "cls"):
+        raise ValueError(f"classifier_pooling is {config.classifier_pooling!r}; it must be 'mean' or 'cls'.")
 
 
 class MAEPreTrainedModel(MaskedPatchesModel):

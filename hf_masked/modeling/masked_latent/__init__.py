@@ -1,23 +1,19 @@
 """Masked modelling that predicts features, tokens or clusters."""
 
 from hf_masked.modeling.masked_latent.beitv2 import BEiTv2Config, BEiTv2ForPreTraining, BEiTv2Model
-from hf_masked.modeling.masked_latent.dmae import (
-    DMAEConfig,
-    DMAEForImageClassification,
-    DMAEForPreTraining,
-    DMAEModel,
-)
-from hf_masked.modeling.masked_latent.maskdistill import (
-    MaskDistillConfig,
-    MaskDistillForPreTraining,
-    MaskDistillModel,
-)
+from hf_masked.modeling.masked_latent.dbot import DBOTConfig, DBOTForImageClassification, DBOTForPreTraining, DBOTModel
+from hf_masked.modeling.masked_latent.dmae import DMAEConfig, DMAEForImageClassification, DMAEForPreTraining, DMAEModel
+from hf_masked.modeling.masked_latent.maskdistill import MaskDistillConfig, MaskDistillForPreTraining, MaskDistillModel
 from hf_masked.modeling.masked_latent.vqkd import VQKDConfig, VQKDForPreTraining, VQKDModel
 
 __all__ = [
     "BEiTv2Config",
     "BEiTv2ForPreTraining",
     "BEiTv2Model",
+    "DBOTConfig",
+    "DBOTForImageClassification",
+    "DBOTForPreTraining",
+    "DBOTModel",
     "DMAEConfig",
     "DMAEForImageClassification",
     "DMAEForPreTraining",

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from hf_masked.modeling.parts.blocks import DropPath, drop_path_rates
 from hf_masked.modeling.parts.patches import pair, patch_grid, patchify, take
 from hf_masked.modeling.parts.position_embeddings import interpolate_positions, sincos_positions_2d
 
@@ -130,7 +131,11 @@ def check_visible_token_backbone(config: PreTrainedConfig) -> None:
 
 
 def encode_visible(
-    backbone: PreTrainedModel, pixel_values: torch.Tensor, visible: torch.Tensor | None = None, **kwargs
+    backbone: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    visible: torch.Tensor | None = None,
+    final_norm: bool = True,
+    **kwargs,
 ) -> torch.Tensor:
     """Runs a ViT, DeiT or DINOv2 on some of a picture's patches; on all of them it is the plain backbone.
 
@@ -139,12 +144,14 @@ def encode_visible(
     Args:
         pixel_values: float (batch, channels, height, width).
         visible: int64 (batch, visible) raster positions of the patches to see, or None for all.
+        final_norm: return the tokens after the final norm, as the plain backbone does; else the last layer's output.
         kwargs: passed to the layers.
 
     Returns:
-        (batch, prefix + visible, hidden), after the final norm.
+        (batch, prefix + visible, hidden).
     """
-    return backbone.layernorm(_run_layers(backbone, _embed(backbone, pixel_values, visible), **kwargs))
+    tokens = _run_layers(backbone, _embed(backbone, pixel_values, visible), **kwargs)
+    return backbone.layernorm(tokens) if final_norm else tokens
 
 
 def visible_feature_maps(
@@ -226,6 +233,33 @@ def _prefix_tokens(embeddings: nn.Module) -> torch.Tensor:
 
 def _layers(backbone: PreTrainedModel) -> nn.ModuleList:
     return backbone.encoder.layer if hasattr(backbone, "encoder") else backbone.layers
+
+
+def set_drop_path(backbone: PreTrainedModel, rate: float) -> None:
+    """Gives the layers of a ViT, DeiT or DINOv2 drop path, rising evenly from 0 to `rate`.
+
+    What is saved or exported stays the plain backbone: drop path has no weights, and ViTs and DeiTs no setting for it.
+    """
+    layers = _layers(backbone)
+    for layer, layer_rate in zip(layers, drop_path_rates(rate, len(layers)), strict=True):
+        if hasattr(layer, "drop_path"):  # DINOv2, whose own has the same rate in all layers
+            layer.drop_path = DropPath(layer_rate)
+        else:  # the end of both residual branches
+            layer.dropout = nn.Sequential(layer.dropout, DropPath(layer_rate))
+
+
+@torch.no_grad()
+def make_layers_identity(backbone: PreTrainedModel) -> None:
+    """Zeroes the last weights of both residual branches of each layer of a ViT, DeiT or DINOv2.
+
+    Its output without the final norm is then that of its patch embedding, with positions and class token.
+    """
+    for layer in _layers(backbone):
+        ends = (layer.attention.o_proj, layer.mlp.fc2)
+        if hasattr(layer, "layer_scale1"):  # DINOv2
+            ends = (layer.layer_scale1, layer.layer_scale2)
+        for parameter in (parameter for end in ends for parameter in end.parameters()):
+            parameter.zero_()
 
 
 @torch.no_grad()

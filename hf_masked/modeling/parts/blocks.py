@@ -82,6 +82,33 @@ class FeedForward(nn.Sequential):
         )
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: a residual branch is left out for some samples of a training batch, and scaled for the others.
+
+    Args:
+        rate: share of the samples (Huang et al., arXiv 1603.09382).
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        """(batch, ...) -> the same shape."""
+        if self.rate == 0.0 or not self.training:
+            return branch
+        keep = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device) >= self.rate
+        return branch * (keep / (1.0 - self.rate)).to(branch.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Of each of `depth` blocks: rising evenly from 0 to `rate`."""
+    return torch.linspace(0, rate, depth, device="cpu").tolist()
+
+
 class TransformerBlock(GradientCheckpointingLayer):
     """Pre-norm self-attention and feed-forward, each with a residual (Dosovitskiy et al., arXiv 2010.11929)."""
 
@@ -92,16 +119,18 @@ class TransformerBlock(GradientCheckpointingLayer):
         num_attention_heads: int,
         intermediate_size: int,
         layer_norm_eps: float = 1e-6,
+        drop_path_rate: float = 0.0,
     ):
         super().__init__()
         self.attention_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.attention = SelfAttention(config, hidden_size, num_attention_heads)
         self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.feed_forward = FeedForward(hidden_size, intermediate_size)
+        self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states))
-        return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
+        hidden_states = hidden_states + self.drop_path(self.attention(self.attention_norm(hidden_states)))
+        return hidden_states + self.drop_path(self.feed_forward(self.feed_forward_norm(hidden_states)))
 
 
 class CrossAttentionBlock(GradientCheckpointingLayer):

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedConfig
 
-from hf_masked.modeling.parts.blocks import TransformerBlock
+from hf_masked.modeling.parts.blocks import TransformerBlock, drop_path_rates
 from hf_masked.modeling.parts.position_embeddings import interpolate_positions, sincos_positions_2d
 
 
@@ -19,6 +19,8 @@ class MaskTokenDecoder(nn.Module):
         grid: (rows, columns) of units the position table is made for; other grids interpolate it.
         output_size: values predicted per unit; None for a decoder without a head, which returns its own tokens.
         num_prefix_tokens: class and other tokens that stand before the units; their position is zero.
+        drop_path_rate: of the last block; it rises evenly from 0 at the first.
+        predicts_prefix: predict the prefix tokens too, before the units.
     """
 
     def __init__(
@@ -33,17 +35,20 @@ class MaskTokenDecoder(nn.Module):
         output_size: int | None,
         num_prefix_tokens: int = 1,
         layer_norm_eps: float = 1e-6,
+        drop_path_rate: float = 0.0,
+        predicts_prefix: bool = False,
     ):
         super().__init__()
         self.grid = grid
         self.num_prefix_tokens = num_prefix_tokens
+        self.predicts_prefix = predicts_prefix
         self.embedding = nn.Linear(encoder_size, hidden_size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         # A persistent buffer: fixed, in the checkpoint, and never a parameter that initialisation could zero.
         self.register_buffer("position_embeddings", self._positions(hidden_size))
         self.layers = nn.ModuleList(
-            TransformerBlock(config, hidden_size, num_attention_heads, intermediate_size, layer_norm_eps)
-            for _ in range(num_hidden_layers)
+            TransformerBlock(config, hidden_size, num_attention_heads, intermediate_size, layer_norm_eps, rate)
+            for rate in drop_path_rates(drop_path_rate, num_hidden_layers)
         )
         self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.head = nn.Identity() if output_size is None else nn.Linear(hidden_size, output_size)
@@ -67,7 +72,7 @@ class MaskTokenDecoder(nn.Module):
             grid: (rows, columns) of the units of this input.
 
         Returns:
-            (batch, units, output), raster order.
+            (batch, units, output), raster order; with `predicts_prefix` (batch, prefix + units, output).
         """
         return self.predict(self.embed(tokens, visible, grid))
 
@@ -82,7 +87,9 @@ class MaskTokenDecoder(nn.Module):
         return sequence.scatter(1, places, tokens) + positions  # (batch, prefix + units, hidden)
 
     def predict(self, sequence: torch.Tensor) -> torch.Tensor:
-        """(batch, prefix + units, hidden) of `embed` -> (batch, units, output)."""
+        """(batch, prefix + units, hidden) of `embed` -> what `forward` returns."""
         for layer in self.layers:
             sequence = layer(sequence)
-        return self.head(self.norm(sequence[:, self.num_prefix_tokens :]))
+        if not self.predicts_prefix:
+            sequence = sequence[:, self.num_prefix_tokens :]
+        return self.head(self.norm(sequence))
