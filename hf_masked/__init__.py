@@ -7,6 +7,8 @@ from transformers import AutoImageProcessor
 
 from hf_masked.modeling.masked_image import *  # noqa: F403
 from hf_masked.modeling.masked_image import __all__ as _masked_image
+from hf_masked.modeling.masked_latent import *  # noqa: F403
+from hf_masked.modeling.masked_latent import __all__ as _masked_latent
 from hf_masked.modeling.registry import CATALOGUE, get_variant
 from hf_masked.modeling.siamese import *  # noqa: F403
 from hf_masked.modeling.siamese import __all__ as _siamese
@@ -21,4 +23,12 @@ for _variant in CATALOGUE.values():
         _processor = globals()[_variant.config.processor]
         AutoImageProcessor.register(_variant.config, image_processor_classes={"pil": _processor})
 
-__all__ = ["CATALOGUE", "MaskedImageProcessor", "MultiViewImageProcessor", "get_variant", *_masked_image, *_siamese]
+__all__ = [
+    "CATALOGUE",
+    "MaskedImageProcessor",
+    "MultiViewImageProcessor",
+    "get_variant",
+    *_masked_image,
+    *_masked_latent,
+    *_siamese,
+]
