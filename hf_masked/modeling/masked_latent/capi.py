@@ -548,7 +548,8 @@ class CAPIPredictor(nn.Module):
         Returns:
             (batch, predicted, predictor hidden), normalised.
         """
-        hidden_states = self.mask_token.to(encoded.dtype).expand(*predicted_ids.shape, -1)
+        # Copied: counting operations trips over a view of a parameter.
+        hidden_states = self.mask_token.to(encoded.dtype).repeat(*predicted_ids.shape, 1)
         rotation_for = partial(rotation_of, self.encoder_config, grid, dtype=encoded.dtype, head_size=self.head_size)
         rotation, memory_rotation = rotation_for(predicted_ids, registers=False), rotation_for(visible)
         if predicted_ids.shape[1] > 0:  # stock SDPA cannot attend from no place at all

@@ -249,8 +249,8 @@ def test_2_balance_is_per_position_or_over_everything():
     model.config.positionwise_sinkhorn = False
     together = model.assign(scores)
     first = torch.arange(4)
-    assert positionwise.mean(dim=0)[first, first].max() < 0.2, "a cluster that stands for a position survived"
-    assert together.mean(dim=0)[first, first].min() > 0.2
+    assert positionwise.mean(dim=0)[first, first].max() < 0.1, "a cluster that stands for a position survived"
+    assert together.mean(dim=0)[first, first].min() > 0.15
     # With a single picture nothing is left of the scores.
     torch.testing.assert_close(sinkhorn(scores[:1] / 0.06, 3), torch.full((1, 4, 16), 1 / 16))
 
