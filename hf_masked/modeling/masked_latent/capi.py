@@ -399,8 +399,9 @@ class CAPIEmbeddings(nn.Module):
         patches = patches.unflatten(2, (*projection.kernel_size, -1)).permute(0, 1, 4, 2, 3).flatten(2)
         weight = projection.weight.flatten(1)
         tokens = F.linear(patches.to(weight.dtype), weight, projection.bias)
-        registers = self.register_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-        return torch.cat([registers, tokens], dim=1)
+        registers = self.register_tokens.expand(tokens.shape[0], -1, -1)
+        # The residual stream is not in half precision under autocast.
+        return torch.cat([registers, tokens.to(registers.dtype)], dim=1)
 
 
 class CAPIEncoderPreTrainedModel(PreTrainedModel):

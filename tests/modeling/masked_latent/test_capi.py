@@ -505,9 +505,9 @@ def test_pictures_show_the_clusters():
 def fashion_model(**arguments) -> CAPIForPreTraining:
     backbone_config = CAPIEncoderConfig(
         hidden_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
-        intermediate_size=256,
+        intermediate_size=128,
         image_size=32,
         patch_size=4,
         num_channels=1,
@@ -522,7 +522,7 @@ def fashion_model(**arguments) -> CAPIForPreTraining:
             predictor_hidden_size=64,
             predictor_num_hidden_layers=2,
             predictor_num_attention_heads=4,
-            predictor_intermediate_size=256,
+            predictor_intermediate_size=128,
             num_clusters=64,
             momentum_base=0.99,
             **arguments,
@@ -530,10 +530,10 @@ def fashion_model(**arguments) -> CAPIForPreTraining:
     )
 
 
-def trained_on_fashion(pictures: torch.Tensor, steps: int = 300, batch: int = 128, **arguments) -> CAPIForPreTraining:
+def trained_on_fashion(pictures: torch.Tensor, steps: int = 150, batch: int = 128, **arguments) -> CAPIForPreTraining:
     model = fashion_model(**arguments).train()
     generator = torch.Generator().manual_seed(0)
-    groups = parameter_groups(model, weight_decay=0.1, learning_rate=1e-3)
+    groups = parameter_groups(model, weight_decay=0.1, learning_rate=2e-3)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps, num_cycles=0.4)
     for step in range(steps):
