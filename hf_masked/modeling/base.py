@@ -186,6 +186,13 @@ class VariantModel(PreTrainedModel):
         """Names of parameters, or globs, whose learning rate the schedule leaves alone."""
         return set()
 
+    def parameter_factors(self) -> dict[str, tuple[float, float]]:
+        """Names of parameters, or globs -> what multiplies their learning rate and their weight decay.
+
+        The first that fits a parameter holds; what none fits decays as everything else does.
+        """
+        return {}
+
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers. A twin that the checkpoint does not hold begins as the copy of what was loaded."""

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 import hf_masked
 from hf_masked.evaluation.report import PACKAGES, hardware
 from hf_masked.modeling.base import VariantConfig
-from hf_masked.modeling.registry import Variant, variant_of
+from hf_masked.modeling.registry import PREFIX, Variant, variant_of
 from hf_masked.training.recipes import DataArguments, MethodArguments
 from hf_masked.training.saving import write_whole
 
@@ -245,7 +245,7 @@ def _section(folder: Path, name: str, variant: Variant, config: VariantConfig, r
         _summary(variant, run),
         "```python\n"
         "from transformers import AutoImageProcessor, AutoModel\n\n"
-        f"# A plain {config.backbone_config.model_type} encoder of transformers; hf_masked is not needed.\n"
+        f"{_origin(config.backbone_config.model_type)}\n"
         f'encoder = AutoModel.from_pretrained("{name}", subfolder="encoder")\n'
         f'processor = AutoImageProcessor.from_pretrained("{name}", subfolder="encoder")\n\n'
         f"from hf_masked import {model_class}  # the whole model\n\n"
@@ -257,6 +257,13 @@ def _section(folder: Path, name: str, variant: Variant, config: VariantConfig, r
         END,
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _origin(model_type: str) -> str:
+    """What an encoder of this type needs."""
+    if model_type.startswith(PREFIX):
+        return "import hf_masked  # the encoder is the method's own"
+    return f"# A plain {model_type} encoder of transformers; hf_masked is not needed."
 
 
 def _summary(variant: Variant, run: dict) -> str:

@@ -95,7 +95,9 @@ def parameter_groups(
     blocks times d^(L + 1), what comes after them times 1 (BEiT, arXiv 2106.08254; MAE, appendix A.1). Stages are
     flattened into one row of blocks; a stage's downsampling goes with the block beside it.
 
-    What `model.constant_learning_rate()` names has groups of its own, marked for `spare_constant_rates`.
+    What `model.constant_learning_rate()` names has groups of its own, marked for `spare_constant_rates`. Where
+    `model.parameter_factors()` exists, it multiplies the learning rate and the weight decay of what it names, and says
+    that these decay, whatever their dimensions.
 
     Args:
         model: any model; for `layer_decay`, one whose blocks bear the names of transformers' vision models.
@@ -109,27 +111,34 @@ def parameter_groups(
         model's parameters.
 
     Raises:
-        ValueError: for `layer_decay` without `learning_rate`, or on a model without recognisable blocks.
+        ValueError: for `layer_decay` or a model's factors without `learning_rate`, or for `layer_decay` on a model
+            without recognisable blocks.
     """
-    if layer_decay is not None and learning_rate is None:
-        raise ValueError("layer_decay needs learning_rate: each group's rate is learning_rate times its scale.")
+    factors = model.parameter_factors() if hasattr(model, "parameter_factors") else {}
+    if learning_rate is None and (layer_decay is not None or factors):
+        raise ValueError(
+            "layer_decay and the model's `parameter_factors` need learning_rate: each group's rate is learning_rate "
+            "times its scale."
+        )
     exempt = {*no_weight_decay, *(model.no_weight_decay() if hasattr(model, "no_weight_decay") else ())}
     constant = model.constant_learning_rate() if hasattr(model, "constant_learning_rate") else set()
     decay_everything = getattr(model, "decay_everything", False)
     names = [name for name, _ in model.named_parameters()]
     scales = dict.fromkeys(names, 1.0) if layer_decay is None else layer_scales(names, layer_decay)
-    groups: dict[tuple[float, bool, bool], dict] = {}
+    groups: dict[tuple[float, float, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        own_factors = next((factors[pattern] for pattern in factors if _named(name, {pattern})), None)
         decays = (decay_everything or parameter.ndim > 1) and not _named(name, exempt)
+        rate, decay = own_factors or (1.0, float(decays))
         is_constant = _named(name, constant)
         group = groups.setdefault(
-            (scales[name], decays, is_constant),
-            {"params": [], "weight_decay": weight_decay if decays else 0.0, "constant_lr": is_constant},
+            (rate * scales[name], decay, is_constant),
+            {"params": [], "weight_decay": weight_decay * decay, "constant_lr": is_constant},
         )
         if learning_rate is not None:
-            group["lr"] = learning_rate * scales[name]
+            group["lr"] = learning_rate * rate * scales[name]
         group["params"].append(parameter)
     return list(groups.values())
 

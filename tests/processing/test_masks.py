@@ -34,7 +34,7 @@ def test_count_is_maes(units, ratio, masked):
 
 
 @pytest.mark.parametrize("ratio", [-0.25, 1.25, float("nan")])
-@pytest.mark.parametrize("kind", ["random", "block", "coarse", "color", "grid"])
+@pytest.mark.parametrize("kind", ["random", "block", "coarse", "color", "grid", "inverse_block"])
 def test_ratio_outside_0_to_1_is_refused(kind, ratio):
     with pytest.raises(ValueError, match=r"mask ratio"):
         make_mask(kind, draw_for(2), (4, 4), ratio)
@@ -71,10 +71,11 @@ def test_grid_refuses_what_does_not_divide():
         grid_mask(draw_for(1), (4, 4), 0.6)
 
 
-@pytest.mark.parametrize("kind", ["random", "block", "coarse", "color", "grid"])
+@pytest.mark.parametrize("kind", ["random", "block", "coarse", "color", "grid", "inverse_block"])
 def test_samples_differ_and_repeat_with_their_keys(kind):
     masks = make_mask(kind, draw_for(100), (14, 14), 0.75)
-    assert masks.unique(dim=0).shape[0] == 100
+    # Of inverse blocks there are few: about 196 places, in some shapes.
+    assert masks.unique(dim=0).shape[0] >= (90 if kind == "inverse_block" else 100)
     assert torch.equal(make_mask(kind, draw_for(100), (14, 14), 0.75), masks)
     assert not torch.equal(make_mask(kind, draw_for(100, seed=1), (14, 14), 0.75), masks)
     keys = sample_keys(0, 0, [42, 7])
@@ -106,7 +107,7 @@ def test_coarse_squares_that_do_not_tile_are_refused(unit):
         coarse_mask(draw_for(1), (4, 6), 0.5, unit=unit)
 
 
-@pytest.mark.parametrize("kind", ["random", "coarse", "grid"])
+@pytest.mark.parametrize("kind", ["random", "coarse", "grid", "inverse_block"])
 def test_every_unit_has_the_same_chance(kind):
     frequency = make_mask(kind, draw_for(4000), (6, 8), 0.75).float().mean(dim=0)
     assert (frequency - 0.75).abs().max() < 5 * (0.75 * 0.25 / 4000) ** 0.5
@@ -195,7 +196,7 @@ def test_block_masks_are_distributed_as_beits():
 
 
 def test_unknown_kind_names_the_known():
-    with pytest.raises(ValueError, match="'blocks'; known are block, coarse, color, grid, random"):
+    with pytest.raises(ValueError, match="'blocks'; known are block, coarse, color, grid, inverse_block, random"):
         make_mask("blocks", draw_for(1), (4, 4), 0.5)
 
 

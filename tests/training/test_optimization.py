@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForImageClassification,
     BeitConfig,
@@ -306,3 +307,21 @@ def test_recipe_may_ask_for_cycles_and_the_method_for_its_own(tmp_path):
 def test_milestones_outside_the_training_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"lr_milestones are \[700\.0\]"):
         PreTrainingArguments(output_dir=str(tmp_path), use_cpu=True, lr_milestones=[700.0])
+
+
+def test_a_models_factors_multiply_rates_and_decays():
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    model.parameter_factors = lambda: {"1.weight": (1.0, 0.5), "2.*": (0.2, 1.0)}
+    groups = parameter_groups(model, weight_decay=0.1, learning_rate=1e-3)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    expected = {
+        model[0].weight: (1e-3, 0.1),
+        model[0].bias: (1e-3, 0.0),
+        model[1].weight: (1e-3, 0.05),
+        model[1].bias: (1e-3, 0.0),
+        model[2].weight: (2e-4, 0.1),
+        model[2].bias: (2e-4, 0.1),
+    }
+    assert found == {id(parameter): pytest.approx(values) for parameter, values in expected.items()}
+    with pytest.raises(ValueError, match="parameter_factors` need learning_rate"):
+        parameter_groups(model, weight_decay=0.1)

@@ -18,12 +18,12 @@ from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassifica
 from hf_masked.modeling.outputs import MaskedPreTrainingOutput
 from hf_masked.modeling.parts.backbones import backbone_grid, visible_feature_maps
 from hf_masked.modeling.parts.blocks import CrossAttentionBlock
-from hf_masked.modeling.parts.patches import check_mask, patchify, take, visible_indices
+from hf_masked.modeling.parts.patches import check_mask, patchify, predicted_indices, take
 from hf_masked.modeling.parts.position_embeddings import interpolate_positions, sincos_positions_2d
 from hf_masked.modeling.parts.state_dicts import official_depth, official_vit_config, rename_weights
 from hf_masked.modeling.parts.targets import normalize_patches
 from hf_masked.modeling.registry import register_variant
-from hf_masked.processing.masks import make_mask, num_masked_units, num_skipped_units, partial_mask
+from hf_masked.processing.masks import make_mask, num_predicted_units, partial_mask
 from hf_masked.randomness import model_draw
 
 
@@ -261,24 +261,9 @@ class CrossMAEForPreTraining(MAEForPreTraining):
     def _predicted(self, bool_predicted_pos, bool_masked_pos, grid) -> torch.Tensor:
         """Raster positions of the predicted patches; a compiled forward takes their count from the config."""
         check_mask(bool_predicted_pos, bool_masked_pos.shape[0], grid, "bool_predicted_pos")
-        units = bool_predicted_pos.shape[1]
-        if torch.compiler.is_compiling():
-            mask_ratio = self.config.mask_ratio
-            prediction_ratio = mask_ratio if self.config.prediction_ratio is None else self.config.prediction_ratio
-            predicted = num_masked_units(grid, mask_ratio) - num_skipped_units(units, mask_ratio, prediction_ratio)
-            return visible_indices(~bool_predicted_pos, units - predicted)
-        counts = bool_predicted_pos.sum(dim=1).tolist()
-        if len(set(counts)) > 1 or (counts[0] == 0 and bool_masked_pos.any()):
-            raise ValueError(
-                f"`bool_predicted_pos` predicts {min(counts)} to {max(counts)} patches per picture; it must be the "
-                "same count in each row, and at least one. With a mask of your own, pass a `bool_predicted_pos` that "
-                "fits it, or set `prediction_ratio` to None, which predicts all that is masked."
-            )
-        if (bool_predicted_pos & ~bool_masked_pos).any():
-            raise ValueError(
-                "`bool_predicted_pos` is True where `bool_masked_pos` is not: predict masked patches only."
-            )
-        return visible_indices(~bool_predicted_pos, units - counts[0])
+        config, compiling = self.config, torch.compiler.is_compiling()
+        num_predicted = num_predicted_units(grid, config.mask_ratio, config.prediction_ratio) if compiling else None
+        return predicted_indices(bool_predicted_pos, bool_masked_pos, num_predicted)
 
     def loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, predicted_ids: torch.Tensor) -> torch.Tensor:
         """Mean squared error over the pixels of the predicted patches (paper, section 3.3; `forward_loss`)."""

@@ -1,6 +1,14 @@
 """Masked modelling that predicts features, tokens or clusters."""
 
 from hf_masked.modeling.masked_latent.beitv2 import BEiTv2Config, BEiTv2ForPreTraining, BEiTv2Model
+from hf_masked.modeling.masked_latent.capi import (
+    CAPIConfig,
+    CAPIEncoder,
+    CAPIEncoderConfig,
+    CAPIForImageClassification,
+    CAPIForPreTraining,
+    CAPIModel,
+)
 from hf_masked.modeling.masked_latent.dbot import DBOTConfig, DBOTForImageClassification, DBOTForPreTraining, DBOTModel
 from hf_masked.modeling.masked_latent.dmae import DMAEConfig, DMAEForImageClassification, DMAEForPreTraining, DMAEModel
 from hf_masked.modeling.masked_latent.maskdistill import MaskDistillConfig, MaskDistillForPreTraining, MaskDistillModel
@@ -10,6 +18,12 @@ __all__ = [
     "BEiTv2Config",
     "BEiTv2ForPreTraining",
     "BEiTv2Model",
+    "CAPIConfig",
+    "CAPIEncoder",
+    "CAPIEncoderConfig",
+    "CAPIForImageClassification",
+    "CAPIForPreTraining",
+    "CAPIModel",
     "DBOTConfig",
     "DBOTForImageClassification",
     "DBOTForPreTraining",

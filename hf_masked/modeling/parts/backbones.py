@@ -271,7 +271,7 @@ def init_vit_as_mae(backbone: PreTrainedModel, fixed_positions: bool) -> None:
     the prefix tokens (MAE, appendix A.1 and `models_mae.py`).
     """
     embeddings = backbone.embeddings
-    _xavier_uniform_as_matrix(embeddings.patch_embeddings.projection.weight)
+    xavier_uniform_as_matrix(embeddings.patch_embeddings.projection.weight)
     for token in (embeddings.cls_token, getattr(embeddings, "distillation_token", None)):
         if token is not None:
             init.normal_(token, std=0.02)
@@ -293,7 +293,8 @@ def sincos_table_of(backbone_config: PreTrainedConfig) -> torch.Tensor:
     return torch.cat([zeros, table]).unsqueeze(0)
 
 
-def _xavier_uniform_as_matrix(weight: torch.Tensor) -> None:
+def xavier_uniform_as_matrix(weight: torch.Tensor) -> None:
+    """Initialises a convolution's kernel, unless it has been loaded, like the linear layer on patches that it is."""
     # `init` functions look at a mark on the tensor, which a view would lose.
     if not getattr(weight, "_is_hf_initialized", False):
         nn.init.xavier_uniform_(weight.flatten(1))

@@ -73,6 +73,37 @@ def visible_indices(bool_masked_pos: torch.Tensor, num_masked: int | None = None
     return order[:, : bool_masked_pos.shape[1] - num_masked]
 
 
+def predicted_indices(
+    bool_predicted_pos: torch.Tensor, bool_masked_pos: torch.Tensor, num_predicted: int | None = None
+) -> torch.Tensor:
+    """Raster positions of the units that are predicted, which are masked ones.
+
+    Args:
+        bool_predicted_pos: bool (batch, units), True = predicted, the same count in each row.
+        bool_masked_pos: bool (batch, units), True = masked.
+        num_predicted: that count, where it is known; else it is read from the mask, which waits for the device.
+
+    Returns:
+        int64 (batch, predicted), ascending.
+
+    Raises:
+        ValueError: in eager mode, if rows differ in their count, nothing or a visible unit is predicted.
+    """
+    units = bool_predicted_pos.shape[1]
+    if num_predicted is not None:
+        return visible_indices(~bool_predicted_pos, units - num_predicted)
+    counts = bool_predicted_pos.sum(dim=1).tolist()
+    if len(set(counts)) > 1 or (counts[0] == 0 and bool_masked_pos.any()):
+        raise ValueError(
+            f"`bool_predicted_pos` predicts {min(counts)} to {max(counts)} patches per picture; it must be the "
+            "same count in each row, and at least one. With a mask of your own, pass a `bool_predicted_pos` that "
+            "fits it, or set `prediction_ratio` to None, which predicts all that is masked."
+        )
+    if (bool_predicted_pos & ~bool_masked_pos).any():
+        raise ValueError("`bool_predicted_pos` is True where `bool_masked_pos` is not: predict masked patches only.")
+    return visible_indices(~bool_predicted_pos, units - counts[0])
+
+
 def check_pixel_values(
     pixel_values: torch.Tensor, num_channels: int, patch_size: tuple[int, int] = (1, 1)
 ) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from hf_masked.processing.masks.coarse import coarse_mask
 from hf_masked.processing.masks.color import color_mask
 from hf_masked.processing.masks.counts import num_masked_units
 from hf_masked.processing.masks.grid import grid_mask
-from hf_masked.processing.masks.partial import num_skipped_units, partial_mask
+from hf_masked.processing.masks.inverse_block import inverse_block_mask
+from hf_masked.processing.masks.partial import num_predicted_units, num_skipped_units, partial_mask
 from hf_masked.processing.masks.random import random_mask
 from hf_masked.randomness import Draw
 
@@ -26,6 +27,7 @@ MASKS: dict[str, MaskFunction] = {
     "coarse": coarse_mask,
     "color": color_mask,
     "grid": grid_mask,
+    "inverse_block": inverse_block_mask,
 }
 
 
@@ -56,8 +58,10 @@ __all__ = [
     "coarse_mask",
     "color_mask",
     "grid_mask",
+    "inverse_block_mask",
     "make_mask",
     "num_masked_units",
+    "num_predicted_units",
     "num_skipped_units",
     "partial_mask",
     "random_mask",
