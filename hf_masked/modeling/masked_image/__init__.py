@@ -21,6 +21,7 @@ from hf_masked.modeling.masked_image.localmim import (
 )
 from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 from hf_masked.modeling.masked_image.maskfeat import MaskFeatConfig, MaskFeatForPreTraining, MaskFeatModel
+from hf_masked.modeling.masked_image.mfm import MFMConfig, MFMForPreTraining, MFMModel
 from hf_masked.modeling.masked_image.self_guided_mae import (
     SelfGuidedMAEConfig,
     SelfGuidedMAEForImageClassification,
@@ -50,6 +51,9 @@ __all__ = [
     "MAEForImageClassification",
     "MAEForPreTraining",
     "MAEModel",
+    "MFMConfig",
+    "MFMForPreTraining",
+    "MFMModel",
     "MaskFeatConfig",
     "MaskFeatForPreTraining",
     "MaskFeatModel",

@@ -4,6 +4,7 @@ masked patches, and running ViTs on visible tokens only."""
 import copy
 import inspect
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -187,6 +188,47 @@ def encode_with_mask_tokens(
     return backbone.layernorm(_run_layers(backbone, embedded, **kwargs))
 
 
+def output_stride(config: PreTrainedConfig) -> int:
+    """Side in pixels of a cell of what a stock backbone returns: the patch, or of stages that halve the map, the last.
+
+    Raises:
+        ValueError: for patches that are not square.
+    """
+    if config.model_type == "resnet":
+        return 4 * 2 ** (len(config.depths) - 1 + config.downsample_in_first_stage)
+    height, width = pair(config.patch_size)
+    if height != width:
+        raise ValueError(f"The backbone's patch is {height} x {width} pixels; the head needs squares.")
+    return height * 2 ** (len(getattr(config, "depths", (1,))) - 1)
+
+
+def feature_map(hidden_state: torch.Tensor, size: tuple[int, int], stride: int) -> torch.Tensor:
+    """A stock backbone's output as a map, without class and distillation tokens.
+
+    Args:
+        hidden_state: (batch, prefix + cells, hidden), or a map already.
+        size: (height, width) of the pictures in pixels.
+        stride: side of a cell in pixels, see `output_stride`.
+
+    Returns:
+        (batch, hidden, rows, columns).
+    """
+    if hidden_state.ndim == 4:
+        return hidden_state
+    rows, columns = size[0] // stride, size[1] // stride
+    return hidden_state[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def check_window(config: PreTrainedConfig, size: tuple[int, int], stride: int) -> None:
+    """Raises a ValueError where stock Swin's last map would be smaller than the window; its bias cannot shrink."""
+    if config.model_type == "swin" and min(size) // stride < config.window_size:
+        raise ValueError(
+            f"At {size[0]} x {size[1]} pixels Swin's last map is {size[0] // stride} x {size[1] // stride}, smaller "
+            f"than window_size={config.window_size}: choose a smaller window, or pictures of at least "
+            f"{stride * config.window_size} pixels."
+        )
+
+
 def _run_layers(backbone, hidden_states, **kwargs):
     for layer in _layers(backbone):
         hidden_states = layer(hidden_states, **kwargs)
@@ -250,6 +292,39 @@ def init_vit_as_mae(backbone: PreTrainedModel, fixed_positions: bool) -> None:
                 init.zeros_(module.bias)
     if fixed_positions:
         init.copy_(embeddings.position_embeddings, sincos_table_of(backbone.config))
+
+
+@torch.no_grad()
+def init_vit_as_beit(backbone: PreTrainedModel) -> None:
+    """BEiT's initialisation of a stock ViT, DeiT or BEiT, as SimMIM and MFM have it, of what has not been loaded.
+
+    Normal with deviation 0.02, truncated at one deviation; the last linear layers of both halves of block l, counted
+    from 1, divided by sqrt(2 l).
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            _narrow_normal(module.weight, 0.02)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+    for number, layer in enumerate(_layers(backbone), start=1):
+        for linear in (layer.attention.o_proj, layer.mlp.fc2):
+            _narrow_normal(linear.weight, 0.02 / math.sqrt(2 * number))
+    for name in ("cls_token", "distillation_token", "mask_token", "position_embeddings"):
+        token = getattr(backbone.embeddings, name, None)
+        if token is not None:
+            _narrow_normal(token, 0.02)
+
+
+def _narrow_normal(tensor: torch.Tensor, std: float) -> None:
+    init.trunc_normal_(tensor, std=std, a=-std, b=std)
+
+
+def last_scales_of_residual_blocks(backbone: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """The last batch norm's scale in each block of a ResNet or RegNet: with zeros the block begins as the identity."""
+    for stage in getattr(getattr(backbone, "encoder", None), "stages", ()):
+        for block in stage.layers:
+            if isinstance(last := getattr(block.layer[-1], "normalization", None), nn.BatchNorm2d):
+                yield last.weight
 
 
 def sincos_table_of(backbone_config: PreTrainedConfig) -> torch.Tensor:
