@@ -1,4 +1,4 @@
-"""MFM: take the low or the high frequencies out of a picture, encode what is left, and regress the missing coefficients.
+"""MFM: take the low or the high frequencies out of a picture, encode the rest, and regress the missing coefficients.
 
 Jiahao Xie et al., "Masked Frequency Modeling for Self-Supervised Visual Pre-Training", ICLR 2023, arXiv 2206.07706.
 Reference implementation: https://github.com/Jiahao000/MFM (`models/mfm.py`, `models/frequency_loss.py`).
@@ -278,8 +278,8 @@ class MFMForPreTraining(MFMPreTrainedModel):
         Args:
             pixel_values: float (batch, channels, height, width), normalised with the config's `image_mean` and
                 `image_std`; `encoder_stride` must divide both sizes.
-            bool_masked_pos: bool (batch, height * width), True = a coefficient to remove, frequency zero in the middle,
-                symmetric about it; drawn here by default.
+            bool_masked_pos: bool (batch, height * width), True = a coefficient to remove, frequency zero in the
+                middle, symmetric about it; drawn here by default.
             noise: float (batch, 1), numbers in [0, 1): below `low_pass_probability` the high frequencies go, else the
                 low ones.
             generator: to draw these numbers from.
@@ -356,8 +356,8 @@ class MFMForPreTraining(MFMPreTrainedModel):
     def pictures(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> dict:
         """What there is to see: name of the panel -> (batch, channels, height, width), normalised as the input.
 
-        The reconstruction has the true frequencies where the encoder was given them. Spectra are drawn by the logarithm
-        of the magnitude, frequency zero in the middle, white at the largest of the picture's own.
+        The reconstruction has the true frequencies where the encoder was given them. Spectra are drawn by the
+        logarithm of the magnitude, frequency zero in the middle, white at the largest of the picture's own.
         """
         output = self(pixel_values, bool_masked_pos, return_loss=False)
         pictures = pixel_values.float()

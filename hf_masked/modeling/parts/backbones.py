@@ -323,8 +323,10 @@ def last_scales_of_residual_blocks(backbone: PreTrainedModel) -> Iterator[nn.Par
     """The last batch norm's scale in each block of a ResNet or RegNet: with zeros the block begins as the identity."""
     for stage in getattr(getattr(backbone, "encoder", None), "stages", ()):
         for block in stage.layers:
-            if isinstance(last := getattr(block.layer[-1], "normalization", None), nn.BatchNorm2d):
-                yield last.weight
+            # ConvNeXt has stages too, but neither batch norm nor `layer` in its blocks.
+            last = block.layer[-1] if hasattr(block, "layer") else None
+            if isinstance(getattr(last, "normalization", None), nn.BatchNorm2d):
+                yield last.normalization.weight
 
 
 def sincos_table_of(backbone_config: PreTrainedConfig) -> torch.Tensor:
