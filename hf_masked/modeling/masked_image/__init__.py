@@ -12,6 +12,12 @@ from hf_masked.modeling.masked_image.crossmae import (
     CrossMAEForPreTraining,
     CrossMAEModel,
 )
+from hf_masked.modeling.masked_image.decayed_shortcuts import (
+    DecayedShortcutsConfig,
+    DecayedShortcutsForImageClassification,
+    DecayedShortcutsForPreTraining,
+    DecayedShortcutsModel,
+)
 from hf_masked.modeling.masked_image.hpm import HPMConfig, HPMForImageClassification, HPMForPreTraining, HPMModel
 from hf_masked.modeling.masked_image.localmim import (
     LocalMIMConfig,
@@ -39,6 +45,10 @@ __all__ = [
     "CrossMAEForImageClassification",
     "CrossMAEForPreTraining",
     "CrossMAEModel",
+    "DecayedShortcutsConfig",
+    "DecayedShortcutsForImageClassification",
+    "DecayedShortcutsForPreTraining",
+    "DecayedShortcutsModel",
     "HPMConfig",
     "HPMForImageClassification",
     "HPMForPreTraining",

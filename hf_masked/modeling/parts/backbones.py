@@ -20,6 +20,9 @@ from hf_masked.modeling.parts.position_embeddings import interpolate_positions, 
 # patches they see: model_type -> number of prefix tokens (class token, DeiT's distillation token).
 VISIBLE_TOKEN_BACKBONES = {"vit": 1, "deit": 2, "dinov2": 1}
 
+# The same of encoders of this package, which their own method takes alone.
+OWN_BACKBONES = {"hf_masked_decayed_vit": 1}
+
 
 # The name of the mask token in every stock vision model that has one.
 MASK_TOKEN = "embeddings.mask_token"
@@ -112,7 +115,7 @@ def without_mask_token(backbone: PreTrainedModel) -> PreTrainedModel:
 
 def num_prefix_tokens(backbone_config: PreTrainedConfig) -> int:
     """Tokens before the patches."""
-    return VISIBLE_TOKEN_BACKBONES[backbone_config.model_type]
+    return (VISIBLE_TOKEN_BACKBONES | OWN_BACKBONES)[backbone_config.model_type]
 
 
 def backbone_grid(backbone_config: PreTrainedConfig) -> tuple[int, int]:
@@ -122,7 +125,7 @@ def backbone_grid(backbone_config: PreTrainedConfig) -> tuple[int, int]:
 
 def check_visible_token_backbone(config: PreTrainedConfig) -> None:
     """Raises a ValueError for a backbone that cannot run on visible tokens, or whose patch does not divide."""
-    if config.model_type not in VISIBLE_TOKEN_BACKBONES:
+    if config.model_type not in VISIBLE_TOKEN_BACKBONES | OWN_BACKBONES:
         raise ValueError(
             f"A backbone of type {config.model_type!r} cannot encode visible patches alone; use one of "
             f"{', '.join(VISIBLE_TOKEN_BACKBONES)}."
