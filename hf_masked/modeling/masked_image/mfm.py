@@ -366,10 +366,10 @@ class MFMForPreTraining(MFMPreTrainedModel):
         return {
             "picture": pixel_values,
             "corrupted": output.corrupted,
-            "given frequencies": self._drawn_spectrum(given, pictures),
+            "given spectrum": self._drawn_spectrum(given, pictures),
             "reconstruction (given + predicted)": given + predicted,
-            "predicted frequencies": self._drawn_spectrum(predicted, pictures),
-            "missing frequencies": self._drawn_spectrum(pictures - given, pictures),
+            "predicted spectrum": self._drawn_spectrum(predicted, pictures),
+            "missing spectrum": self._drawn_spectrum(pictures - given, pictures),
         }
 
     def _drawn_spectrum(self, part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

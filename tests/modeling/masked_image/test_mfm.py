@@ -357,7 +357,7 @@ def test_pictures_complete_what_is_given_with_what_is_predicted():
     )
     torch.testing.assert_close(panels["corrupted"], output.corrupted)
     missing = mask.view(4, 1, 64, 64).expand(-1, 3, -1, -1)
-    for name, where in (("given frequencies", missing), ("predicted frequencies", ~missing)):
+    for name, where in (("given spectrum", missing), ("predicted spectrum", ~missing)):
         drawn = panels[name] * STD + MEAN
         assert drawn[where].abs().max() < 1e-5 and drawn[~where].max() > 0.1, name
 
