@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ViTConfig
 
-from hf_masked.modeling.parts.backbones import build_backbone, copy_weights, load_backbone
+from hf_masked.modeling.parts.backbones import build_backbone, copy_weights, load_backbone, without_mask_token
 from hf_masked.modeling.parts.momentum import MomentumTwin
 from hf_masked.modeling.parts.teachers import FrozenTeacher
 
@@ -57,6 +57,11 @@ class VariantConfig(PreTrainedConfig):
     @property
     def num_channels(self) -> int:
         return self.backbone_config.num_channels
+
+    @property
+    def plain_model_type(self) -> str:
+        """Type of the stock model that the encoder is exported as."""
+        return self.backbone_config.model_type
 
     @property
     def image_size(self) -> int | list[int]:
@@ -221,6 +226,11 @@ class VariantModel(PreTrainedModel):
         for twin in model.twins().values():
             twin.reset(model)
         return model
+
+    def plain_backbone(self) -> PreTrainedModel:
+        """The encoder as a stock transformers model: what is exported. To those, a mask token in the checkpoint is an
+        unexpected weight or one without a gradient."""
+        return without_mask_token(self.backbone) if self.uses_mask_token else self.backbone
 
     def sync_backbone(self) -> None:
         """Writes what the method keeps outside the backbone into it; saving and exporting call this."""

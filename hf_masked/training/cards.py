@@ -245,7 +245,7 @@ def _section(folder: Path, name: str, variant: Variant, config: VariantConfig, r
         _summary(variant, run),
         "```python\n"
         "from transformers import AutoImageProcessor, AutoModel\n\n"
-        f"{_origin(config.backbone_config.model_type)}\n"
+        f"{_origin(config.plain_model_type)}\n"
         f'encoder = AutoModel.from_pretrained("{name}", subfolder="encoder")\n'
         f'processor = AutoImageProcessor.from_pretrained("{name}", subfolder="encoder")\n\n'
         f"from hf_masked import {model_class}  # the whole model\n\n"

@@ -4,10 +4,7 @@ import copy
 import logging
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from hf_masked.modeling.base import VariantModel
-from hf_masked.modeling.parts.backbones import without_mask_token
 from hf_masked.modeling.parts.gray import fold_gray_to_rgb
 from hf_masked.processing.stock import save_stock_processor
 from hf_masked.training.saving import whole_files
@@ -16,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def export_encoder(model: VariantModel, processor, output: str | Path, rgb: bool = False) -> Path:
-    """Writes `model.backbone` as a checkpoint that loads where `hf_masked` is not installed.
+    """Writes the encoder as a checkpoint that loads where `hf_masked` is not installed.
 
     Args:
         model: of the catalogue.
@@ -33,8 +30,7 @@ def export_encoder(model: VariantModel, processor, output: str | Path, rgb: bool
         SavingError: if the files cannot be written; a model that stood there before is then as it was.
     """
     model.sync_backbone()
-    # To the stock classes, a mask token in the checkpoint is an unexpected weight or one without a gradient.
-    backbone: PreTrainedModel = without_mask_token(model.backbone) if model.uses_mask_token else model.backbone
+    backbone = model.plain_backbone()
     mean, std = processor.image_mean, processor.image_std
     if rgb:
         backbone, mean, std = fold_gray_to_rgb(copy.deepcopy(backbone)), mean * 3, std * 3

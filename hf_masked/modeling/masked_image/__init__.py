@@ -12,6 +12,12 @@ from hf_masked.modeling.masked_image.crossmae import (
     CrossMAEForPreTraining,
     CrossMAEModel,
 )
+from hf_masked.modeling.masked_image.decayed_shortcuts import (
+    DecayedShortcutsConfig,
+    DecayedShortcutsForImageClassification,
+    DecayedShortcutsForPreTraining,
+    DecayedShortcutsModel,
+)
 from hf_masked.modeling.masked_image.hpm import HPMConfig, HPMForImageClassification, HPMForPreTraining, HPMModel
 from hf_masked.modeling.masked_image.localmim import (
     LocalMIMConfig,
@@ -21,6 +27,7 @@ from hf_masked.modeling.masked_image.localmim import (
 )
 from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 from hf_masked.modeling.masked_image.maskfeat import MaskFeatConfig, MaskFeatForPreTraining, MaskFeatModel
+from hf_masked.modeling.masked_image.mfm import MFMConfig, MFMForPreTraining, MFMModel
 from hf_masked.modeling.masked_image.self_guided_mae import (
     SelfGuidedMAEConfig,
     SelfGuidedMAEForImageClassification,
@@ -38,6 +45,10 @@ __all__ = [
     "CrossMAEForImageClassification",
     "CrossMAEForPreTraining",
     "CrossMAEModel",
+    "DecayedShortcutsConfig",
+    "DecayedShortcutsForImageClassification",
+    "DecayedShortcutsForPreTraining",
+    "DecayedShortcutsModel",
     "HPMConfig",
     "HPMForImageClassification",
     "HPMForPreTraining",
@@ -50,6 +61,9 @@ __all__ = [
     "MAEForImageClassification",
     "MAEForPreTraining",
     "MAEModel",
+    "MFMConfig",
+    "MFMForPreTraining",
+    "MFMModel",
     "MaskFeatConfig",
     "MaskFeatForPreTraining",
     "MaskFeatModel",

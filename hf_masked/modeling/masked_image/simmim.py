@@ -17,8 +17,9 @@ from transformers.utils.generic import can_return_tuple
 
 from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
 from hf_masked.modeling.outputs import MaskedImageModelingOutput
+from hf_masked.modeling.parts.backbones import check_window, feature_map, output_stride
 from hf_masked.modeling.parts.beit import check_beit, init_beit
-from hf_masked.modeling.parts.heads import init_as_torch
+from hf_masked.modeling.parts.heads import PixelShuffleHead, init_as_torch
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, patch_grid
 from hf_masked.modeling.parts.relative_positions import TABLE
@@ -61,11 +62,10 @@ class SimMIMConfig(MaskedPatchesConfig):
 
     def check(self) -> None:
         super().check()
-        patch, unit = pair(self.backbone_config.patch_size), self.square_size
-        if patch[0] != patch[1]:
-            raise ValueError(f"The backbone's patch is {patch[0]} x {patch[1]} pixels; SimMIM's head needs squares.")
-        if unit % patch[0]:
-            raise ValueError(f"mask_patch_size={unit} is no multiple of the backbone's patch of {patch[0]} pixels.")
+        output_stride(self.backbone_config)
+        patch, unit = pair(self.backbone_config.patch_size)[0], self.square_size
+        if unit % patch:
+            raise ValueError(f"mask_patch_size={unit} is no multiple of the backbone's patch of {patch} pixels.")
         if unit % self.encoder_stride and self.encoder_stride % unit:
             raise ValueError(
                 f"Squares of mask_patch_size={unit} pixels cut through the cells of {self.encoder_stride} pixels that "
@@ -85,8 +85,7 @@ class SimMIMConfig(MaskedPatchesConfig):
     @property
     def encoder_stride(self) -> int:
         """Side of a cell of the encoder's output in pixels: the patch, or 8 patches of 4 stages."""
-        patch = pair(self.backbone_config.patch_size)[0]
-        return patch * 2 ** (len(getattr(self.backbone_config, "depths", (1,))) - 1)
+        return output_stride(self.backbone_config)
 
     @property
     def square_size(self) -> int:
@@ -117,16 +116,6 @@ def simmim_vit(**settings) -> BeitConfig:
         }
         | settings
     )
-
-
-def check_window(config: PreTrainedConfig, size: tuple[int, int], stride: int) -> None:
-    """Raises a ValueError where stock Swin's last map would be smaller than the window; its bias cannot shrink."""
-    if config.model_type == "swin" and min(size) // stride < config.window_size:
-        raise ValueError(
-            f"At {size[0]} x {size[1]} pixels Swin's last map is {size[0] // stride} x {size[1] // stride}, smaller "
-            f"than window_size={config.window_size}: choose a smaller window, or pictures of at least "
-            f"{stride * config.window_size} pixels."
-        )
 
 
 class SimMIMPreTrainedModel(MaskedPatchesModel):
@@ -212,10 +201,7 @@ class SimMIMForPreTraining(SimMIMPreTrainedModel):
     def __init__(self, config: SimMIMConfig):
         super().__init__(config)
         self.patch_size = pair(config.backbone_config.patch_size)[0]
-        self.decoder = nn.Sequential(
-            nn.Conv2d(config.hidden_size, config.encoder_stride**2 * config.num_channels, kernel_size=1),
-            nn.PixelShuffle(config.encoder_stride),
-        )
+        self.decoder = PixelShuffleHead(config.hidden_size, config.encoder_stride, config.num_channels)
         self.post_init()
 
     @can_return_tuple
@@ -262,9 +248,7 @@ class SimMIMForPreTraining(SimMIMPreTrainedModel):
 
     def feature_map(self, tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """(batch, prefix + cells, hidden) to (batch, hidden, rows, columns), without the class token."""
-        stride = self.config.encoder_stride
-        rows, columns = size[0] // stride, size[1] // stride
-        return tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+        return feature_map(tokens, size, self.config.encoder_stride)
 
     def loss(self, pixel_values, reconstruction, bool_masked_pos) -> torch.Tensor:
         """Mean absolute error over masked pixels and their channels (paper, equation 1; `SimMIM.forward`)."""

@@ -4,6 +4,7 @@ masked patches, and running ViTs on visible tokens only."""
 import copy
 import inspect
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ from hf_masked.modeling.parts.position_embeddings import interpolate_positions, 
 # Backbones whose tokens are patches of one grid after some prefix tokens, and whose layers do not care which of the
 # patches they see: model_type -> number of prefix tokens (class token, DeiT's distillation token).
 VISIBLE_TOKEN_BACKBONES = {"vit": 1, "deit": 2, "dinov2": 1}
+
+# The same of encoders of this package, which their own method takes alone.
+OWN_BACKBONES = {"hf_masked_decayed_vit": 1}
 
 
 # The name of the mask token in every stock vision model that has one.
@@ -112,7 +116,7 @@ def without_mask_token(backbone: PreTrainedModel) -> PreTrainedModel:
 
 def num_prefix_tokens(backbone_config: PreTrainedConfig) -> int:
     """Tokens before the patches."""
-    return VISIBLE_TOKEN_BACKBONES[backbone_config.model_type]
+    return (VISIBLE_TOKEN_BACKBONES | OWN_BACKBONES)[backbone_config.model_type]
 
 
 def backbone_grid(backbone_config: PreTrainedConfig) -> tuple[int, int]:
@@ -122,7 +126,7 @@ def backbone_grid(backbone_config: PreTrainedConfig) -> tuple[int, int]:
 
 def check_visible_token_backbone(config: PreTrainedConfig) -> None:
     """Raises a ValueError for a backbone that cannot run on visible tokens, or whose patch does not divide."""
-    if config.model_type not in VISIBLE_TOKEN_BACKBONES:
+    if config.model_type not in VISIBLE_TOKEN_BACKBONES | OWN_BACKBONES:
         raise ValueError(
             f"A backbone of type {config.model_type!r} cannot encode visible patches alone; use one of "
             f"{', '.join(VISIBLE_TOKEN_BACKBONES)}."
@@ -192,6 +196,47 @@ def encode_with_mask_tokens(
     """
     embedded = _embed(backbone, pixel_values, bool_masked_pos=bool_masked_pos)
     return backbone.layernorm(_run_layers(backbone, embedded, **kwargs))
+
+
+def output_stride(config: PreTrainedConfig) -> int:
+    """Side in pixels of a cell of what a stock backbone returns: the patch, or of stages that halve the map, the last.
+
+    Raises:
+        ValueError: for patches that are not square.
+    """
+    if config.model_type == "resnet":
+        return 4 * 2 ** (len(config.depths) - 1 + config.downsample_in_first_stage)
+    height, width = pair(config.patch_size)
+    if height != width:
+        raise ValueError(f"The backbone's patch is {height} x {width} pixels; the head needs squares.")
+    return height * 2 ** (len(getattr(config, "depths", (1,))) - 1)
+
+
+def feature_map(hidden_state: torch.Tensor, size: tuple[int, int], stride: int) -> torch.Tensor:
+    """A stock backbone's output as a map, without class and distillation tokens.
+
+    Args:
+        hidden_state: (batch, prefix + cells, hidden), or a map already.
+        size: (height, width) of the pictures in pixels.
+        stride: side of a cell in pixels, see `output_stride`.
+
+    Returns:
+        (batch, hidden, rows, columns).
+    """
+    if hidden_state.ndim == 4:
+        return hidden_state
+    rows, columns = size[0] // stride, size[1] // stride
+    return hidden_state[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def check_window(config: PreTrainedConfig, size: tuple[int, int], stride: int) -> None:
+    """Raises a ValueError where stock Swin's last map would be smaller than the window; its bias cannot shrink."""
+    if config.model_type == "swin" and min(size) // stride < config.window_size:
+        raise ValueError(
+            f"At {size[0]} x {size[1]} pixels Swin's last map is {size[0] // stride} x {size[1] // stride}, smaller "
+            f"than window_size={config.window_size}: choose a smaller window, or pictures of at least "
+            f"{stride * config.window_size} pixels."
+        )
 
 
 def _run_layers(backbone, hidden_states, **kwargs):
@@ -284,6 +329,16 @@ def init_vit_as_mae(backbone: PreTrainedModel, fixed_positions: bool) -> None:
                 init.zeros_(module.bias)
     if fixed_positions:
         init.copy_(embeddings.position_embeddings, sincos_table_of(backbone.config))
+
+
+def last_scales_of_residual_blocks(backbone: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """The last batch norm's scale in each block of a ResNet or RegNet: with zeros the block begins as the identity."""
+    for stage in getattr(getattr(backbone, "encoder", None), "stages", ()):
+        for block in stage.layers:
+            # ConvNeXt has stages too, but neither batch norm nor `layer` in its blocks.
+            last = block.layer[-1] if hasattr(block, "layer") else None
+            if isinstance(getattr(last, "normalization", None), nn.BatchNorm2d):
+                yield last.normalization.weight
 
 
 def sincos_table_of(backbone_config: PreTrainedConfig) -> torch.Tensor:

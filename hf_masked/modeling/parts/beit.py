@@ -59,7 +59,7 @@ def beit_position_bias(backbone: PreTrainedModel, size: tuple[int, int]) -> torc
 
 @torch.no_grad()
 def init_beit(backbone: nn.Module) -> None:
-    """The initialisation of BEiT, BEiT v2 and SimMIM's ViT, of what has not been loaded.
+    """What BEiT, BEiT v2, SimMIM and MFM give a stock BEiT, ViT or DeiT, of what has not been loaded.
 
     Normal with deviation 0.02, truncated at one deviation; the last linear layers of both halves of block l, counted
     from 1, divided by sqrt(2 l) (BEiT, `modeling_pretrain.py`; SimMIM, `models/vision_transformer.py`).
@@ -67,8 +67,8 @@ def init_beit(backbone: nn.Module) -> None:
     for module in backbone.modules():
         init_linear(module)
     rescale_blocks(backbone.layers)
-    embeddings = backbone.embeddings
-    for token in (embeddings.cls_token, embeddings.mask_token, embeddings.position_embeddings):
+    for name in ("cls_token", "distillation_token", "mask_token", "position_embeddings"):
+        token = getattr(backbone.embeddings, name, None)
         if token is not None:
             _trunc_normal(token, 0.02)
 
@@ -82,7 +82,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def rescale_blocks(layers: Iterable[nn.Module], first: int = 1) -> None:
-    """That of the last linear layers of both halves of stock BEiT blocks, which are numbered from `first` on."""
+    """That of the last linear layers of both halves of stock blocks, which are numbered from `first` on."""
     for number, layer in enumerate(layers, start=first):
         for linear in (layer.attention.o_proj, layer.mlp.fc2):
             _trunc_normal(linear.weight, 0.02 / math.sqrt(2 * number))

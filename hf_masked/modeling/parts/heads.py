@@ -1,4 +1,4 @@
-"""Heads of Siamese methods: the small networks between an encoder's vector and the pair loss."""
+"""Heads: the small networks between an encoder's vector and the pair loss, and from an encoder's map to pixels."""
 
 import math
 from itertools import pairwise
@@ -35,6 +35,23 @@ class MLPHead(nn.Sequential):
     def redundant_bias(self) -> nn.Parameter | None:
         """The bias that the batch norm after it takes away again: never trained."""
         return self[-2].bias if isinstance(self[-1], nn.BatchNorm1d) else None
+
+
+class PixelShuffleHead(nn.Sequential):
+    """One linear layer from each cell of a map to that cell's pixels: (batch, hidden, rows, columns) to
+    (batch, channels, rows * stride, columns * stride).
+
+    Args:
+        hidden_size: width of the map.
+        stride: side of a cell in pixels.
+        num_channels: of the picture.
+    """
+
+    def __init__(self, hidden_size: int, stride: int, num_channels: int):
+        super().__init__(
+            nn.Conv2d(hidden_size, stride**2 * num_channels, kernel_size=1),
+            nn.PixelShuffle(stride),
+        )
 
 
 @torch.no_grad()

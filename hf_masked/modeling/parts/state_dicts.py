@@ -3,7 +3,7 @@
 import re
 
 import torch
-from transformers import ViTConfig
+from transformers import ResNetConfig, ViTConfig
 
 # In a replacement, stands for each of q, k and v: the tensor is a stack of queries, keys and values.
 QKV = "{qkv}"
@@ -17,6 +17,21 @@ TIMM_VIT_RENAMING = (
     (r"^blocks\.(\d+)\.attn\.qkv\.", r"backbone.layers.\1.attention.{qkv}_proj."),
     (r"^blocks\.(\d+)\.attn\.proj\.", r"backbone.layers.\1.attention.o_proj."),
     (r"^blocks\.(\d+)\.mlp\.", r"backbone.layers.\1.mlp."),
+)
+
+_RESNET_PARTS = {"conv": "convolution", "bn": "normalization"}
+
+# Of torchvision's and timm's ResNets to a stock ResNet as our `backbone`.
+RESNET_RENAMING = (
+    *((rf"^{part}1\.", f"backbone.embedder.embedder.{ours}.") for part, ours in _RESNET_PARTS.items()),
+    *((rf"^layer{stage}\.(\d+)\.", rf"backbone.encoder.stages.{stage - 1}.layers.\1.") for stage in range(1, 5)),
+    *(
+        (rf"^(backbone\.encoder\.stages\.\d+\.layers\.\d+)\.{part}{number}\.", rf"\1.layer.{number - 1}.{ours}.")
+        for part, ours in _RESNET_PARTS.items()
+        for number in (1, 2, 3)
+    ),
+    (r"\.downsample\.0\.", ".shortcut.convolution."),
+    (r"\.downsample\.1\.", ".shortcut.normalization."),
 )
 
 
@@ -64,6 +79,20 @@ def official_vit_config(state_dict: dict[str, torch.Tensor], heads: dict[int, in
         image_size=grid * patch_size,
         patch_size=patch_size,
         num_channels=num_channels,
+    )
+
+
+def official_resnet_config(state_dict: dict[str, torch.Tensor]) -> ResNetConfig:
+    """The config of a ResNet in torchvision's names, read from its shapes."""
+    stages = [f"layer{stage}" for stage in (1, 2, 3, 4)]
+    last = "conv3" if "layer1.0.conv3.weight" in state_dict else "conv2"
+    embedding_size, num_channels, *_ = state_dict["conv1.weight"].shape
+    return ResNetConfig(
+        num_channels=num_channels,
+        embedding_size=embedding_size,
+        hidden_sizes=[state_dict[f"{stage}.0.{last}.weight"].shape[0] for stage in stages],
+        depths=[official_depth(state_dict, stage) for stage in stages],
+        layer_type="bottleneck" if last == "conv3" else "basic",
     )
 
 
