@@ -3,7 +3,7 @@
 import re
 
 import torch
-from transformers import ViTConfig
+from transformers import ResNetConfig, ViTConfig
 
 # In a replacement, stands for each of q, k and v: the tensor is a stack of queries, keys and values.
 QKV = "{qkv}"
@@ -17,6 +17,17 @@ TIMM_VIT_RENAMING = (
     (r"^blocks\.(\d+)\.attn\.qkv\.", r"backbone.layers.\1.attention.{qkv}_proj."),
     (r"^blocks\.(\d+)\.attn\.proj\.", r"backbone.layers.\1.attention.o_proj."),
     (r"^blocks\.(\d+)\.mlp\.", r"backbone.layers.\1.mlp."),
+)
+
+# Of timm's and torchvision's ResNets to a stock ResNet's as our `backbone`, whose layers count from 0.
+TIMM_RESNET_RENAMING = (
+    (r"^conv1\.", "backbone.embedder.embedder.convolution."),
+    (r"^bn1\.", "backbone.embedder.embedder.normalization."),
+    *((rf"^layer{stage + 1}\.(\d+)\.", rf"backbone.encoder.stages.{stage}.layers.\1.") for stage in range(4)),
+    (r"\.downsample\.0\.", ".shortcut.convolution."),
+    (r"\.downsample\.1\.", ".shortcut.normalization."),
+    *((rf"(layers\.\d+)\.conv{layer + 1}\.", rf"\1.layer.{layer}.convolution.") for layer in range(3)),
+    *((rf"(layers\.\d+)\.bn{layer + 1}\.", rf"\1.layer.{layer}.normalization.") for layer in range(3)),
 )
 
 
@@ -64,6 +75,24 @@ def official_vit_config(state_dict: dict[str, torch.Tensor], heads: dict[int, in
         image_size=grid * patch_size,
         patch_size=patch_size,
         num_channels=num_channels,
+    )
+
+
+def official_resnet_config(state_dict: dict[str, torch.Tensor]) -> ResNetConfig:
+    """The config of a ResNet in timm's or torchvision's names, read from its shapes.
+
+    Args:
+        state_dict: with `conv1` and `layer1` to `layer4`, or fewer.
+    """
+    stages = sorted({match[0] for name in state_dict if (match := re.match(r"layer\d+", name))})
+    last = "conv3" if "layer1.0.conv3.weight" in state_dict else "conv2"
+    embedding_size, num_channels, *_ = state_dict["conv1.weight"].shape
+    return ResNetConfig(
+        num_channels=num_channels,
+        embedding_size=embedding_size,
+        hidden_sizes=[state_dict[f"{stage}.0.{last}.weight"].shape[0] for stage in stages],
+        depths=[official_depth(state_dict, stage) for stage in stages],
+        layer_type="bottleneck" if last == "conv3" else "basic",
     )
 
 

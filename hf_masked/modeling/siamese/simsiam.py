@@ -17,9 +17,11 @@ from transformers.utils import can_return_tuple
 
 from hf_masked.modeling.base import VariantConfig, VariantModel
 from hf_masked.modeling.outputs import PreTrainingOutput
+from hf_masked.modeling.parts.backbones import last_scales_of_residual_blocks
 from hf_masked.modeling.parts.heads import MLPHead, init_as_torch
 from hf_masked.modeling.parts.losses import negative_cosine, normalized_std, softmax_cross_entropy
 from hf_masked.modeling.parts.pooling import POOLED_BACKBONES, check_views, encode_pooled
+from hf_masked.modeling.parts.state_dicts import TIMM_RESNET_RENAMING, official_resnet_config, rename_weights
 from hf_masked.modeling.registry import register_variant
 
 SIMILARITIES = {"cosine": negative_cosine, "cross_entropy": softmax_cross_entropy}
@@ -148,7 +150,7 @@ class SimSiamPreTrainedModel(VariantModel):
         if module is not self:
             init_as_torch(module)
         elif self.config.zero_init_residual:
-            for scale in _last_scales_of_residual_blocks(self.backbone):
+            for scale in last_scales_of_residual_blocks(self.backbone):
                 init.zeros_(scale)
 
     def frozen_parameters(self):
@@ -261,23 +263,8 @@ class SimSiamForPreTraining(SimSiamPreTrainedModel):
         return outputs, self.projector(features)
 
 
-def _last_scales_of_residual_blocks(backbone: nn.Module):
-    """The last batch norm's scale in each block of a ResNet or RegNet."""
-    for stage in getattr(getattr(backbone, "encoder", None), "stages", ()):
-        for block in stage.layers:
-            if isinstance(last := getattr(block.layer[-1], "normalization", None), nn.BatchNorm2d):
-                yield last.weight
-
-
 # Official name -> ours. The encoder's `fc` is the projector, and its layers count as ours do.
-_RENAMING = (
-    (r"^module\.", ""),
-    (r"^encoder\.fc\.", "projector."),
-    (r"^encoder\.conv1\.", "backbone.embedder.embedder.convolution."),
-    (r"^encoder\.bn1\.", "backbone.embedder.embedder.normalization."),
-    (r"\.downsample\.0\.", ".shortcut.convolution."),
-    (r"\.downsample\.1\.", ".shortcut.normalization."),
-)
+_RENAMING = ((r"^module\.", ""), (r"^encoder\.fc\.", "projector."), (r"^encoder\.", ""), *TIMM_RESNET_RENAMING)
 
 
 def convert_official_weights(state_dict: dict[str, torch.Tensor], config: SimSiamConfig) -> dict[str, torch.Tensor]:
@@ -287,37 +274,15 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: SimSia
         state_dict: of `main_simsiam.py`, with or without DDP's "module.".
         config: unused here; other variants' conversions need it.
     """
-    converted = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in _RENAMING:
-            name = re.sub(pattern, replacement, name)
-        if found := re.fullmatch(r"encoder\.layer(\d+)\.(\d+)\.(.*)", name):
-            stage, block, rest = int(found[1]) - 1, found[2], found[3]
-            rest = re.sub(r"^(conv|bn)(\d+)", lambda match: f"layer.{int(match[2]) - 1}.{_PARTS[match[1]]}", rest)
-            name = f"backbone.encoder.stages.{stage}.layers.{block}.{rest}"
-        converted[name] = tensor
-    return converted
-
-
-_PARTS = {"conv": "convolution", "bn": "normalization"}
+    return rename_weights(state_dict, _RENAMING)
 
 
 def official_config(state_dict: dict[str, torch.Tensor]) -> SimSiamConfig:
     """The config of an official checkpoint, read from its names and shapes."""
     weights = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    blocks = {match[0] for name in weights if (match := re.match(r"encoder\.layer\d+\.\d+", name))}
-    depths = [sum(block.startswith(f"encoder.layer{stage}.") for block in blocks) for stage in (1, 2, 3, 4)]
-    last = "conv3" if "encoder.layer1.0.conv3.weight" in weights else "conv2"
-    embedding_size, num_channels, *_ = weights["encoder.conv1.weight"].shape
     linear = sorted(int(name.split(".")[2]) for name in weights if _is_linear_weight(name, weights[name]))
     return SimSiamConfig(
-        backbone_config=ResNetConfig(
-            num_channels=num_channels,
-            embedding_size=embedding_size,
-            hidden_sizes=[weights[f"encoder.layer{stage}.0.{last}.weight"].shape[0] for stage in (1, 2, 3, 4)],
-            depths=depths,
-            layer_type="bottleneck" if last == "conv3" else "basic",
-        ),
+        backbone_config=official_resnet_config({name.removeprefix("encoder."): weights[name] for name in weights}),
         projection_dim=weights[f"encoder.fc.{linear[-1]}.weight"].shape[0],
         projection_hidden_dim=weights["encoder.fc.0.weight"].shape[0],
         projection_layers=len(linear),
