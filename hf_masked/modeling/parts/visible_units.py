@@ -124,9 +124,8 @@ def _convnext_stages(backbone, features, units):
     stages = [embeddings.layernorm(units.through(embeddings.patch_embeddings, features))]
     for stage in backbone.encoder.stages:
         features = stages[-1]
-        if len(stage.downsampling_layer) > 0:
-            norm, convolution = stage.downsampling_layer
-            features = units.through(convolution, norm(features))
+        for layer in stage.downsampling_layer.children():
+            features = units.through(layer, features) if isinstance(layer, nn.Conv2d) else layer(features)
         for block in stage.layers:
             features = _convnext_block(block, features, units)
         stages.append(features)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModel, ConvNextConfig, ConvNextV2Config, PreTrainedConfig, ResNetConfig
 
 from hf_masked import MaskedImageProcessor, SparKConfig, SparKForPreTraining, SparKModel
+from hf_masked.evaluation.knn import weighted_knn
 from hf_masked.modeling.conversion import convert
 from hf_masked.modeling.masked_image.spark import convert_official_weights, official_config, tiny_config
 from hf_masked.modeling.parts.patches import patchify, visible_indices
@@ -17,6 +18,7 @@ from hf_masked.modeling.parts.targets import normalize_patches
 from hf_masked.modeling.parts.visible_units import VisibleUnits
 from hf_masked.modeling.registry import get_variant
 from hf_masked.training.export import export_encoder
+from tests.modeling.masked_image.short_runs import fashion, pretrain
 from tests.parity.fill import filled, filled_noise, filled_pixels
 
 PARITY = json.loads((Path(__file__).parents[2] / "parity" / "spark.json").read_text())
@@ -414,7 +416,7 @@ def test_pictures_show_predictions_under_the_mask_only(norm_pix_loss):
     assert (reconstruction - pixel_values)[hidden].abs().mean() > 0.1
 
 
-def test_export_is_the_stock_model_with_frozen_pooler_and_fine_tunes(tmp_path):
+def test_export_is_the_stock_model_with_its_pooler(tmp_path):
     model = small_model("convnext").eval()
     export_encoder(model, MaskedImageProcessor(**model.config.processor_settings()), tmp_path)
     plain = AutoModel.from_pretrained(tmp_path).eval()
@@ -465,3 +467,35 @@ def test_downsampling_in_the_first_stage_counts():
     assert model.config.encoder_stride == 16
     output = model(torch.randn(2, 3, 64, 64), output_hidden_states=True)
     assert output.last_hidden_state.shape == (2, 16, 4, 4) and output.logits.shape == (2, 16, 768)
+
+
+@torch.no_grad()
+def pooled_knn(model, splits) -> float:
+    """kNN accuracy of the encoder's last map, averaged over the picture."""
+    features = []
+    for pictures, labels in splits:
+        maps = [model.backbone(part).last_hidden_state for part in pictures.split(250)]
+        features += [torch.cat(maps).mean(dim=(2, 3)), labels]
+    return weighted_knn(*features)
+
+
+@pytest.mark.slow
+def test_learns_more_than_the_mean_of_a_unit():
+    """Fashion-MNIST at 32 pixels, units of 8, 300 steps: the loss on unseen pictures, and the features.
+
+    Flat units have a target of zero, so predicting the mean costs less than 1 on these pictures.
+    """
+    splits = fashion(4000, 1000)
+    (pictures, _), (unseen, _) = splits
+    backbone_config = ResNetConfig(
+        num_channels=1, embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic", image_size=32
+    )
+    torch.manual_seed(0)
+    model = SparKForPreTraining(SparKConfig(backbone_config=backbone_config, decoder_hidden_size=32)).eval()
+    untrained = pooled_knn(model, splits)
+    pretrain(model, pictures, steps=300)
+    with torch.no_grad():
+        output = model(unseen)
+        target = normalize_patches(patchify(unseen, (8, 8)))[output.mask]
+    assert output.loss < 0.7 * target.square().mean() < 0.7
+    assert pooled_knn(model, splits) > untrained + 0.015
