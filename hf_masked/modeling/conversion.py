@@ -14,12 +14,16 @@ from hf_masked.modeling.registry import Variant
 # fills OrderedDict alone.
 SETTINGS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 
+# The names under which training checkpoints hold the weights.
+WEIGHTS = ("model", "state_dict", "model_state", "module")
+
 
 def read_official(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights of an official `.pth` file, read with `weights_only=True`.
 
-    Training checkpoints hold the weights under "model", "state_dict" or "model_state", beside an optimizer and
-    settings: an argparse Namespace (MAE) or a yacs CfgNode (SimMIM), the classes that are let through.
+    Training checkpoints hold the weights under one of `WEIGHTS`, beside an optimizer and settings: an argparse
+    Namespace (MAE) or a yacs CfgNode (SimMIM), the classes that are let through. Among SparK's weights stands a
+    dictionary of settings, "config".
 
     Raises:
         ValueError: if the file holds no weights, or objects that are not loaded for safety.
@@ -31,12 +35,12 @@ def read_official(path: str | Path) -> dict[str, torch.Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a file of weights: {str(error).splitlines()[0]}") from error
-    for key in ("model", "state_dict", "model_state"):
+    for key in WEIGHTS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+            content = {name: value for name, value in content[key].items() if name != "config"}
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(
-            f"{path} holds no dictionary of tensors, at the top or under 'model', 'state_dict' or 'model_state'."
+            f"{path} holds no dictionary of tensors, at the top or under one of {', '.join(map(repr, WEIGHTS))}."
         )
     return content
 

@@ -6,8 +6,8 @@ import torch
 from transformers.utils.output_capturing import OutputRecorder
 
 from hf_masked.modeling.base import VariantConfig, VariantModel
-from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair
-from hf_masked.processing.masks import MASKS, make_mask
+from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, visible_indices
+from hf_masked.processing.masks import MASKS, make_mask, num_masked_units
 from hf_masked.randomness import model_draw
 
 
@@ -34,13 +34,18 @@ class MaskedPatchesConfig(VariantConfig):
         if self.mask_kind not in MASKS:
             raise ValueError(f"mask_kind is {self.mask_kind!r}; known are {', '.join(sorted(MASKS))}.")
 
+    @property
+    def mask_unit(self) -> tuple[int, int]:
+        """(height, width) in pixels of what is masked or visible as a whole."""
+        return pair(self.backbone_config.patch_size)
+
     def mask_arguments(self) -> dict:
         """All further arguments of the mask function, those that follow from other settings included."""
         return dict(self.mask_options or {})
 
     def processor_settings(self) -> dict:
         return super().processor_settings() | {
-            "mask_unit": pair(self.backbone_config.patch_size),
+            "mask_unit": self.mask_unit,
             "mask_ratio": self.mask_ratio,
             "mask_kind": self.mask_kind,
             "mask_options": self.mask_arguments(),
@@ -59,9 +64,8 @@ class MaskedPatchesModel(VariantModel):
     }
 
     def _check_inputs(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> tuple[int, int]:
-        """The grid of patches; raises a ValueError for inputs that do not fit."""
-        config = self.config.backbone_config
-        grid = check_pixel_values(pixel_values, config.num_channels, pair(config.patch_size))
+        """The grid of units; raises a ValueError for inputs that do not fit."""
+        grid = check_pixel_values(pixel_values, self.config.num_channels, self.config.mask_unit)
         if bool_masked_pos is not None:
             check_mask(bool_masked_pos, pixel_values.shape[0], grid)
         return grid
@@ -70,3 +74,8 @@ class MaskedPatchesModel(VariantModel):
         """bool (batch, units): from `noise`, from `generator`, or as `model_draw` says."""
         draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
         return make_mask(self.config.mask_kind, draw, grid, self.config.mask_ratio, **self.config.mask_arguments())
+
+    def _visible(self, bool_masked_pos: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Visible indices; a compiled forward takes the count from the config instead of reading the mask."""
+        compiling = torch.compiler.is_compiling()
+        return visible_indices(bool_masked_pos, num_masked_units(grid, self.config.mask_ratio) if compiling else None)

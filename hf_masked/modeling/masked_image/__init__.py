@@ -35,6 +35,7 @@ from hf_masked.modeling.masked_image.self_guided_mae import (
     SelfGuidedMAEModel,
 )
 from hf_masked.modeling.masked_image.simmim import SimMIMConfig, SimMIMForPreTraining, SimMIMModel
+from hf_masked.modeling.masked_image.spark import SparKConfig, SparKForPreTraining, SparKModel
 
 __all__ = [
     "ColorMAEConfig",
@@ -74,4 +75,7 @@ __all__ = [
     "SimMIMConfig",
     "SimMIMForPreTraining",
     "SimMIMModel",
+    "SparKConfig",
+    "SparKForPreTraining",
+    "SparKModel",
 ]

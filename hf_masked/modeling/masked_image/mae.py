@@ -25,16 +25,10 @@ from hf_masked.modeling.parts.backbones import (
 )
 from hf_masked.modeling.parts.decoders import MaskTokenDecoder
 from hf_masked.modeling.parts.losses import masked_mean
-from hf_masked.modeling.parts.patches import (
-    pair,
-    patchify,
-    unpatchify,
-    visible_indices,
-)
+from hf_masked.modeling.parts.patches import pair, patchify, unpatchify
 from hf_masked.modeling.parts.state_dicts import TIMM_VIT_RENAMING, official_depth, official_vit_config, rename_weights
 from hf_masked.modeling.parts.targets import denormalize_patches, normalize_patches
 from hf_masked.modeling.registry import register_variant
-from hf_masked.processing.masks import num_masked_units
 
 
 class MAEConfig(MaskedPatchesConfig):
@@ -119,11 +113,6 @@ class MAEPreTrainedModel(MaskedPatchesModel):
         # DINOv2's mask token: MAE's encoder never sees one.
         if getattr(embeddings, "mask_token", None) is not None:
             yield embeddings.mask_token
-
-    def _visible(self, bool_masked_pos: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Visible indices; a compiled forward takes the count from the config instead of reading the mask."""
-        compiling = torch.compiler.is_compiling()
-        return visible_indices(bool_masked_pos, num_masked_units(grid, self.config.mask_ratio) if compiling else None)
 
 
 class MAEModel(MAEPreTrainedModel):

@@ -29,7 +29,7 @@ from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair
 from hf_masked.modeling.parts.pooling import interpolation_argument
 from hf_masked.modeling.parts.state_dicts import (
-    RESNET_RENAMING,
+    TIMM_RESNET_RENAMING,
     TIMM_VIT_RENAMING,
     official_resnet_config,
     official_vit_config,
@@ -388,7 +388,7 @@ OFFICIAL_HEADS = {384: 6, 768: 12}
 _RENAMING = (
     (r"^encoder\.", ""),
     *TIMM_VIT_RENAMING,
-    *RESNET_RENAMING,
+    *TIMM_RESNET_RENAMING,
     (r"^blocks\.(\d+)\.attn\.([qv])_bias$", r"backbone.layers.\1.attention.\2_proj.bias"),
     (r"^cls_token$", "backbone.embeddings.cls_token"),
     (r"^norm\.", "backbone.layernorm."),

@@ -62,7 +62,7 @@ def init_as_torch(module: nn.Module) -> None:
         if module.bias is not None:
             bound = 1 / math.sqrt(module.weight[0].numel())
             init.uniform_(module.bias, -bound, bound)
-    elif isinstance(module, nn.BatchNorm1d):
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         if module.affine:
             init.ones_(module.weight)
             init.zeros_(module.bias)

@@ -19,19 +19,15 @@ TIMM_VIT_RENAMING = (
     (r"^blocks\.(\d+)\.mlp\.", r"backbone.layers.\1.mlp."),
 )
 
-_RESNET_PARTS = {"conv": "convolution", "bn": "normalization"}
-
-# Of torchvision's and timm's ResNets to a stock ResNet as our `backbone`.
-RESNET_RENAMING = (
-    *((rf"^{part}1\.", f"backbone.embedder.embedder.{ours}.") for part, ours in _RESNET_PARTS.items()),
-    *((rf"^layer{stage}\.(\d+)\.", rf"backbone.encoder.stages.{stage - 1}.layers.\1.") for stage in range(1, 5)),
-    *(
-        (rf"^(backbone\.encoder\.stages\.\d+\.layers\.\d+)\.{part}{number}\.", rf"\1.layer.{number - 1}.{ours}.")
-        for part, ours in _RESNET_PARTS.items()
-        for number in (1, 2, 3)
-    ),
+# Of timm's and torchvision's ResNets to a stock ResNet's as our `backbone`, whose layers count from 0.
+TIMM_RESNET_RENAMING = (
+    (r"^conv1\.", "backbone.embedder.embedder.convolution."),
+    (r"^bn1\.", "backbone.embedder.embedder.normalization."),
+    *((rf"^layer{stage + 1}\.(\d+)\.", rf"backbone.encoder.stages.{stage}.layers.\1.") for stage in range(4)),
     (r"\.downsample\.0\.", ".shortcut.convolution."),
     (r"\.downsample\.1\.", ".shortcut.normalization."),
+    *((rf"(layers\.\d+)\.conv{layer + 1}\.", rf"\1.layer.{layer}.convolution.") for layer in range(3)),
+    *((rf"(layers\.\d+)\.bn{layer + 1}\.", rf"\1.layer.{layer}.normalization.") for layer in range(3)),
 )
 
 
@@ -83,8 +79,12 @@ def official_vit_config(state_dict: dict[str, torch.Tensor], heads: dict[int, in
 
 
 def official_resnet_config(state_dict: dict[str, torch.Tensor]) -> ResNetConfig:
-    """The config of a ResNet in torchvision's names, read from its shapes."""
-    stages = [f"layer{stage}" for stage in (1, 2, 3, 4)]
+    """The config of a ResNet in timm's or torchvision's names, read from its shapes.
+
+    Args:
+        state_dict: with `conv1` and `layer1` to `layer4`, or fewer.
+    """
+    stages = sorted({match[0] for name in state_dict if (match := re.match(r"layer\d+", name))})
     last = "conv3" if "layer1.0.conv3.weight" in state_dict else "conv2"
     embedding_size, num_channels, *_ = state_dict["conv1.weight"].shape
     return ResNetConfig(

@@ -21,7 +21,7 @@ from hf_masked.modeling.parts.backbones import last_scales_of_residual_blocks
 from hf_masked.modeling.parts.heads import MLPHead, init_as_torch
 from hf_masked.modeling.parts.losses import negative_cosine, normalized_std, softmax_cross_entropy
 from hf_masked.modeling.parts.pooling import POOLED_BACKBONES, check_views, encode_pooled
-from hf_masked.modeling.parts.state_dicts import RESNET_RENAMING, official_resnet_config, rename_weights
+from hf_masked.modeling.parts.state_dicts import TIMM_RESNET_RENAMING, official_resnet_config, rename_weights
 from hf_masked.modeling.registry import register_variant
 
 SIMILARITIES = {"cosine": negative_cosine, "cross_entropy": softmax_cross_entropy}
@@ -264,7 +264,7 @@ class SimSiamForPreTraining(SimSiamPreTrainedModel):
 
 
 # Official name -> ours. The encoder's `fc` is the projector, and its layers count as ours do.
-_RENAMING = ((r"^module\.", ""), (r"^encoder\.fc\.", "projector."), (r"^encoder\.", ""), *RESNET_RENAMING)
+_RENAMING = ((r"^module\.", ""), (r"^encoder\.fc\.", "projector."), (r"^encoder\.", ""), *TIMM_RESNET_RENAMING)
 
 
 def convert_official_weights(state_dict: dict[str, torch.Tensor], config: SimSiamConfig) -> dict[str, torch.Tensor]:
@@ -280,10 +280,9 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: SimSia
 def official_config(state_dict: dict[str, torch.Tensor]) -> SimSiamConfig:
     """The config of an official checkpoint, read from its names and shapes."""
     weights = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    encoder = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
     linear = sorted(int(name.split(".")[2]) for name in weights if _is_linear_weight(name, weights[name]))
     return SimSiamConfig(
-        backbone_config=official_resnet_config(encoder),
+        backbone_config=official_resnet_config({name.removeprefix("encoder."): weights[name] for name in weights}),
         projection_dim=weights[f"encoder.fc.{linear[-1]}.weight"].shape[0],
         projection_hidden_dim=weights["encoder.fc.0.weight"].shape[0],
         projection_layers=len(linear),
