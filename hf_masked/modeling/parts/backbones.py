@@ -114,14 +114,6 @@ def without_mask_token(backbone: PreTrainedModel) -> PreTrainedModel:
     return backbone
 
 
-def last_scales_of_residual_blocks(backbone: nn.Module):
-    """The last batch norm's scale in each block of a ResNet or RegNet; nothing of other backbones."""
-    for stage in getattr(getattr(backbone, "encoder", None), "stages", ()):
-        for block in stage.layers:
-            if hasattr(block, "layer") and isinstance(last := block.layer[-1].normalization, nn.BatchNorm2d):
-                yield last.weight
-
-
 def num_prefix_tokens(backbone_config: PreTrainedConfig) -> int:
     """Tokens before the patches."""
     return (VISIBLE_TOKEN_BACKBONES | OWN_BACKBONES)[backbone_config.model_type]
