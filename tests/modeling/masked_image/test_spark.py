@@ -483,7 +483,8 @@ def pooled_knn(model, splits) -> float:
 def test_learns_more_than_the_mean_of_a_unit():
     """Fashion-MNIST at 32 pixels, units of 8, 300 steps: the loss on unseen pictures, and the features.
 
-    Flat units have a target of zero, so predicting the mean costs less than 1 on these pictures.
+    Flat units have a target of zero, so predicting the mean costs less than 1 on these pictures. That fine-tuning with
+    few labels beats starting from scratch, and sparse encoding beats zeros in a dense one, does not show at this size.
     """
     splits = fashion(4000, 1000)
     (pictures, _), (unseen, _) = splits
