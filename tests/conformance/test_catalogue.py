@@ -47,10 +47,12 @@ def test_recipes_can_be_read_and_built(variant, tmp_path, monkeypatch):
     from hf_masked.training.cli import make_processor
     from hf_masked.training.recipes import parse, read_recipe
 
-    # The laptop recipes' teacher, as far as making a student needs it.
-    encoder = read_recipe(ROOT / "recipes" / "mae_fashion_mnist.yaml")["model"]["backbone_config"]
-    AutoConfig.for_model(**encoder).save_pretrained(tmp_path / "runs" / "mae_fashion_mnist" / "encoder")
+    # The laptop recipes' teacher and tokenizer, as far as making a student needs them.
     monkeypatch.chdir(tmp_path)
+    encoder = read_recipe(ROOT / "recipes" / "mae_fashion_mnist.yaml")["model"]["backbone_config"]
+    AutoConfig.for_model(**encoder).save_pretrained("runs/mae_fashion_mnist/encoder")
+    tokenizer = read_recipe(ROOT / "recipes" / "vqkd_fashion_mnist.yaml")["model"]
+    hf_masked.VQKDConfig(**tokenizer).save_pretrained("runs/vqkd_fashion_mnist")
     for path in (ROOT / "recipes").glob(f"{variant.name}_*.yaml"):
         method, _, _ = parse(
             ["--config", str(path), "--output_dir", "/nowhere", "--use_cpu", "true", "--bf16", "false"]

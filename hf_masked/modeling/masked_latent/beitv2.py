@@ -14,13 +14,20 @@ from torch.nn import functional as F
 from transformers import AutoConfig, BeitConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from hf_masked.modeling.masked_latent.vqkd import FrozenTokenizer, patches_of_color, tokenizer_form
 from hf_masked.modeling.masked_latent.vqkd import tiny_config as tiny_tokenizer
 from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
 from hf_masked.modeling.outputs import MaskedPreTrainingOutput
-from hf_masked.modeling.parts.beit import check_beit, init_beit, init_linear, rescale_blocks
+from hf_masked.modeling.parts.beit import (
+    beit_feature_maps,
+    beit_position_bias,
+    check_beit,
+    init_beit,
+    init_linear,
+    rescale_blocks,
+)
 from hf_masked.modeling.parts.codebooks import code_colors
 from hf_masked.modeling.parts.patches import pair, patchify, take, unpatchify, visible_indices
 from hf_masked.modeling.parts.state_dicts import official_depth, rename_weights
@@ -38,7 +45,8 @@ class BEiTv2Config(MaskedPatchesConfig):
         mask_kind: a name in `hf_masked.processing.masks.MASKS`; the paper's is BEiT's blocks.
         mask_options: further arguments of the mask function.
         vocab_size: number of the tokenizer's codes; by default what the tokenizer says, else 8192.
-        early_layers: the block, counted from 1, whose patch tokens the aggregation blocks see.
+        early_layers: the block, counted from 1, whose patch tokens the aggregation blocks see; by default the third
+            before the last, 9 of 12 and 21 of 24.
         aggregation_layers: blocks of the patch aggregation; thrown away after pretraining.
         shared_head: the aggregation blocks' output goes through the encoder's own norm and head.
         tokenizer: Hub id or folder of a VQ-KD checkpoint; without one `token_ids` have to be given.
@@ -62,7 +70,7 @@ class BEiTv2Config(MaskedPatchesConfig):
     mask_ratio: float = 0.38
     mask_kind: str = "block"
     vocab_size: int | None = None
-    early_layers: int = 9
+    early_layers: int | None = None
     aggregation_layers: int = 2
     shared_head: bool = True
     tokenizer: str | None = None
@@ -73,9 +81,13 @@ class BEiTv2Config(MaskedPatchesConfig):
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
             self.backbone_config = beitv2_vit()
+        elif isinstance(self.backbone_config, dict):
+            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         self.tokenizer_config = tokenizer_form(self.tokenizer, self.tokenizer_config)
         if self.vocab_size is None:
             self.vocab_size = getattr(self.tokenizer_config, "codebook_size", 8192)
+        if self.early_layers is None:
+            self.early_layers = max(1, getattr(self.backbone_config, "num_hidden_layers", 12) - 3)
         super().__post_init__(**kwargs)
 
     def check(self) -> None:
@@ -103,7 +115,6 @@ class BEiTv2Config(MaskedPatchesConfig):
         if backbone_config.model_type == "beit":
             # BEiT with mean pooling has no norm after its last block; BEiT v2 gives it one.
             backbone_config = BeitConfig(**backbone_config.to_dict() | {"use_mean_pooling": False})
-            arguments = {"early_layers": round(0.75 * backbone_config.num_hidden_layers)} | arguments
         return cls(backbone_config=backbone_config, **arguments)
 
     def processor_settings(self) -> dict:
@@ -163,15 +174,6 @@ class BEiTv2PreTrainedModel(MaskedPatchesModel):
         # As the reference has it: the mask token and the table that the blocks share do decay.
         return {"cls_token", "position_embeddings"}
 
-    def encode(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, **kwargs):
-        """The stock backbone's output; absolute positions, where there are any, follow the size of the picture."""
-        other_size = tuple(pixel_values.shape[-2:]) != pair(self.config.image_size)
-        # Stock BEiT leaves the cast to the caller.
-        pixel_values = pixel_values.to(self.backbone.embeddings.patch_embeddings.projection.weight.dtype)
-        return self.backbone(
-            pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=other_size, **kwargs
-        )
-
 
 class BEiTv2Model(BEiTv2PreTrainedModel):
     """The encoder: without a mask the plain backbone, with one it sees mask tokens in place of masked patches."""
@@ -182,7 +184,7 @@ class BEiTv2Model(BEiTv2PreTrainedModel):
         super().__init__(config)
         self.post_init()
 
-    @can_return_tuple
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutput:
@@ -199,12 +201,8 @@ class BEiTv2Model(BEiTv2PreTrainedModel):
             ValueError: for other channels, sizes or mask shapes.
         """
         self._check_inputs(pixel_values, bool_masked_pos)
-        outputs = self.encode(pixel_values, bool_masked_pos, **kwargs)
-        return BaseModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        feature_maps = beit_feature_maps(self.backbone, pixel_values, bool_masked_pos, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.backbone.layernorm(feature_maps[-1]))
 
 
 class BEiTv2ForPreTraining(BEiTv2PreTrainedModel):
@@ -238,7 +236,7 @@ class BEiTv2ForPreTraining(BEiTv2PreTrainedModel):
                     if isinstance(scale, nn.Parameter):
                         init.constant_(scale, self.config.backbone_config.layer_scale_init_value)
 
-    @can_return_tuple
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -266,10 +264,11 @@ class BEiTv2ForPreTraining(BEiTv2PreTrainedModel):
         grid = self._check_inputs(pixel_values, bool_masked_pos)
         if bool_masked_pos is None:
             bool_masked_pos = self.draw_mask(pixel_values, grid, noise, generator)
-        outputs = self.encode(pixel_values, bool_masked_pos, **kwargs | {"output_hidden_states": True})
-        aggregated = self.aggregate(outputs.hidden_states, grid, pixel_values.shape[-2:])  # (batch, 1 + units, hidden)
+        feature_maps = beit_feature_maps(self.backbone, pixel_values, bool_masked_pos, **kwargs)
+        encoded = self.backbone.layernorm(feature_maps[-1])  # (batch, 1 + units, hidden)
+        aggregated = self.aggregate(feature_maps, pixel_values.shape[-2:])  # likewise
         head = self.head if self.config.shared_head else self.aggregation_head
-        logits = self.head(self._masked(outputs.last_hidden_state, bool_masked_pos, grid))  # (masked, codes)
+        logits = self.head(self._masked(encoded, bool_masked_pos, grid))  # (masked, codes)
         logits_aggregation = head(self._masked(aggregated, bool_masked_pos, grid))
         losses = accuracy = None
         if return_loss:
@@ -281,13 +280,10 @@ class BEiTv2ForPreTraining(BEiTv2PreTrainedModel):
                 "aggregation": F.cross_entropy(logits_aggregation.float(), target),
             }
             accuracy = (logits.detach().argmax(dim=-1) == target).float().mean()
-        asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         return BEiTv2Output(
             loss=sum(losses.values()) if losses else None,
             losses={name: part.detach() for name, part in losses.items()} if losses else None,
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states if asked else None,
-            attentions=outputs.attentions,
+            last_hidden_state=encoded,
             logits=logits,
             mask=bool_masked_pos,
             logits_aggregation=logits_aggregation,
@@ -295,21 +291,18 @@ class BEiTv2ForPreTraining(BEiTv2PreTrainedModel):
             accuracy=accuracy,
         )
 
-    def aggregate(self, hidden_states: tuple[torch.Tensor, ...], grid, size: tuple[int, int]) -> torch.Tensor:
+    def aggregate(self, feature_maps: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
         """Patch aggregation (paper, section 2.3): the last class token, before the norm, with early patch tokens.
 
         Args:
-            hidden_states: 1 + layers tensors (batch, 1 + units, hidden), of the encoder.
-            grid: (rows, columns) of patches.
+            feature_maps: of `beit_feature_maps`.
             size: (height, width) of the pictures.
 
         Returns:
             (batch, 1 + units, hidden), after the norm.
         """
-        early = hidden_states[self.config.early_layers]
-        tokens = torch.cat([hidden_states[-1][:, :1], early[:, 1:]], dim=1)
-        shared = self.backbone.shared_position_bias
-        bias = None if shared is None else shared(grid)
+        tokens = torch.cat([feature_maps[-1][:, :1], feature_maps[self.config.early_layers][:, 1:]], dim=1)
+        bias = beit_position_bias(self.backbone, size)
         for layer in self.aggregation_layers:
             tokens = layer(tokens, attention_mask=bias, resolution=size)
         return (self.backbone.layernorm if self.config.shared_head else self.aggregation_norm)(tokens)
@@ -399,7 +392,7 @@ _RENAMING = (
 def official_config(state_dict: dict[str, torch.Tensor]) -> BEiTv2Config:
     """The config of an official pretraining checkpoint, read from its shapes.
 
-    The depth of the early block, which no shape tells, is the released models': three blocks before the last.
+    The number of the early block, which no shape tells, is the config's default, that of the released models.
 
     Raises:
         ValueError: if it holds no shared relative positions, as fine-tuned checkpoints do not.
@@ -426,7 +419,6 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> BEiTv2Config:
             layer_scale_init_value=0.0 if scale is None else (0.1 if layers < 24 else 1e-5),
         ),
         vocab_size=state_dict["lm_head.weight"].shape[0],
-        early_layers=max(1, layers - 3),
         aggregation_layers=official_depth(state_dict, "cls_pt_layers") if aggregates else 0,
         shared_head="cls_pt_lm_head.weight" not in state_dict,
     )

@@ -382,6 +382,11 @@ class VQKDForPreTraining(VQKDPreTrainedModel):
         super().update_twins()
         self.codebook.update()
 
+    def train(self, mode: bool = True):
+        if mode:
+            self.codebook.watch(self.code_head[0].weight)
+        return super().train(mode)
+
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, return_loss: bool = True, **kwargs) -> VQKDPreTrainingOutput:
         """One step of vector-quantised distillation.

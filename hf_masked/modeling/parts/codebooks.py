@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hf_masked.modeling.parts.momentum import StandstillWatch
+
 # Rows whose similarities to all codes are held at once where the rows of all processes are clustered.
 ROWS = 1 << 14
 
@@ -17,9 +19,9 @@ class EMACodebook(nn.Module):
     codes once per step of the optimizer, by the sums over all processes and all accumulated batches. So several
     processes, and accumulation, give what one large batch gives, and a compiled forward holds no communication.
 
-    A model that holds one calls `update()` in its `update_twins()`, `init_weights()` in its `_init_weights`, and names
-    `noted_buffers` in `_ddp_params_and_buffers_to_ignore`: DDP would overwrite the notes of one process with those of
-    another.
+    A model that holds one calls `update()` in its `update_twins()`, `watch()` in its `train()` and `init_weights()` in
+    its `_init_weights`, and names `noted_buffers` in `_ddp_params_and_buffers_to_ignore`: DDP would overwrite the
+    notes of one process with those of another.
 
     Args:
         num_codes, dim: of the codebook.
@@ -40,6 +42,7 @@ class EMACodebook(nn.Module):
         self.register_buffer("sums", torch.zeros(num_codes, dim), persistent=False)
         self.register_buffer("counts", torch.zeros(num_codes), persistent=False)
         self._known_begun = False
+        self._watch = StandstillWatch("codebook")
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -89,6 +92,11 @@ class EMACodebook(nn.Module):
         self.usage.copy_(self.decay * self.usage + (1 - self.decay) * counts)
         self.sums.zero_()
         self.counts.zero_()
+        self._watch.stop()
+
+    def watch(self, parameter: nn.Parameter) -> None:
+        """Warns once if a parameter of the encoder has changed and the codebook has never been updated."""
+        self._watch.look_at(parameter)
 
     def perplexity(self) -> torch.Tensor:
         """How many codes are in use, float32 scalar: the exponential of the entropy of their running counts."""

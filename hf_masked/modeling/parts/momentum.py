@@ -12,6 +12,46 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
+class StandstillWatch:
+    """Warns once where weights change and what should follow them is never updated.
+
+    It reads a value from the device until one or the other is known, which is after the optimizer's first step.
+
+    Args:
+        follower: what it is called.
+    """
+
+    def __init__(self, follower: str):
+        self.follower = follower
+        self._watching = True
+        self._first_seen: torch.Tensor | None = None
+
+    def stop(self) -> None:
+        """It has been updated."""
+        self._watching, self._first_seen = False, None
+
+    def forget(self) -> None:
+        """What the weights were is no longer of interest."""
+        self._first_seen = None
+
+    def look_at(self, parameter: nn.Parameter) -> None:
+        if not self._watching:
+            return
+        # Of a sharded parameter this process's share.
+        weights = (parameter.to_local() if hasattr(parameter, "to_local") else parameter).detach()
+        seen = self._first_seen
+        if seen is None or (seen.shape, seen.dtype, seen.device) != (weights.shape, weights.dtype, weights.device):
+            self._first_seen = weights.clone()
+        elif not torch.equal(weights, seen):
+            self._watching = False
+            logger.warning(
+                "The weights have changed and the %s stands still: nothing calls `update_twins()` after the "
+                "optimizer's steps. Use `PreTrainer`, or add `TrainingProgressCallback()` of "
+                "`hf_masked.training.callbacks` to the Trainer's callbacks.",
+                self.follower,
+            )
+
+
 class MomentumTwin(nn.Module):
     """Frozen copies of some modules of a model; their parameters are moving averages of the model's own.
 
@@ -48,8 +88,7 @@ class MomentumTwin(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.eval_mode = eval_mode
-        self._watching = True
-        self._first_seen: torch.Tensor | None = None
+        self._watch = StandstillWatch("momentum twin")
         self.momentum_at(0.0)
         # Copied together, so that what the modules share stays shared.
         for name, module in copy.deepcopy({name: online.get_submodule(name) for name in names}).items():
@@ -78,35 +117,20 @@ class MomentumTwin(nn.Module):
         torch._foreach_lerp_(*self._pairs(online, "parameters"), 1.0 - self.momentum_at(progress))
         if self.eval_mode:
             self._copy(online, "buffers")
-        self._watching, self._first_seen = False, None
+        self._watch.stop()
 
     @torch.no_grad()
     def reset(self, online: nn.Module) -> None:
         """Makes the twin equal to `online` again."""
         self._copy(online, "parameters")
         self._copy(online, "buffers")
-        self._first_seen = None
+        self._watch.forget()
 
     def watch(self, online: nn.Module) -> None:
-        """Warns once if the online weights have changed since the first call and the twin has never been updated.
-
-        Reads a value from the device until one or the other is known, which is after the optimizer's first step.
-        """
+        """Warns once if the online weights have changed since the first call and the twin has never been updated."""
         parameter = next((p for p in self._pairs(online, "parameters")[1] if p.requires_grad), None)
-        if not self._watching or parameter is None:
-            return
-        # Of a sharded parameter this process's share.
-        weights = (parameter.to_local() if hasattr(parameter, "to_local") else parameter).detach()
-        seen = self._first_seen
-        if seen is None or (seen.shape, seen.dtype, seen.device) != (weights.shape, weights.dtype, weights.device):
-            self._first_seen = weights.clone()
-        elif not torch.equal(weights, seen):
-            self._watching = False
-            logger.warning(
-                "The weights have changed and the momentum twin stands still: nothing calls `update_twins()` after "
-                "the optimizer's steps. Use `PreTrainer`, or add `TrainingProgressCallback()` of "
-                "`hf_masked.training.callbacks` to the Trainer's callbacks."
-            )
+        if parameter is not None:
+            self._watch.look_at(parameter)
 
     def _copy(self, online: nn.Module, kind: str) -> None:
         for mine, theirs in zip(*self._pairs(online, kind), strict=True):

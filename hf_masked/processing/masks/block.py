@@ -18,9 +18,9 @@ def block_mask(
     """Masks rectangles until the count is reached.
 
     As in BEiT, a rectangle's area is uniform between `min_units` and what remains to be masked and its aspect ratio
-    log-uniform in [`min_aspect`, 1 / `min_aspect`]; one that would mask nothing new or too much is left out. Unlike
-    BEiT, whose count varies, what is still missing after `PROPOSALS` rectangles is filled with random units, so that
-    every sample has the exact count.
+    log-uniform in [`min_aspect`, 1 / `min_aspect`]; one that spans a side of the grid, or would mask nothing new or
+    too much, is left out. Unlike BEiT, whose count varies, and like BEiT v2, what is still missing after `PROPOSALS`
+    rectangles is filled with random units, so that every sample has the exact count.
 
     Args:
         draw: source of uniform numbers.
@@ -49,16 +49,17 @@ def block_mask(
 
 
 def _rectangles(numbers, remaining, rows, columns, min_units, min_aspect):
-    """One rectangle per sample from four uniform numbers: bool (batch, rows * columns)."""
+    """One rectangle per sample from four uniform numbers, or none: bool (batch, rows * columns)."""
     area_number, aspect_number, row_number, column_number = numbers.unbind(dim=1)
     area = min_units + area_number * (remaining - min_units).clamp(min=0)
     aspect = torch.exp((2 * aspect_number - 1) * math.log(1 / min_aspect))
-    height = (area * aspect).sqrt().round().clamp(1, rows)
-    width = (area / aspect).sqrt().round().clamp(1, columns)
+    height = (area * aspect).sqrt().round().clamp(min=1)
+    width = (area / aspect).sqrt().round().clamp(min=1)
+    fits = (height < rows) & (width < columns)
     top = (row_number * (rows - height + 1)).floor()
     left = (column_number * (columns - width + 1)).floor()
     row = torch.arange(rows, device=numbers.device)
     column = torch.arange(columns, device=numbers.device)
-    in_rows = (row >= top[:, None]) & (row < (top + height)[:, None])  # (batch, rows)
+    in_rows = fits[:, None] & (row >= top[:, None]) & (row < (top + height)[:, None])  # (batch, rows)
     in_columns = (column >= left[:, None]) & (column < (left + width)[:, None])  # (batch, columns)
     return (in_rows[:, :, None] & in_columns[:, None, :]).flatten(1)
