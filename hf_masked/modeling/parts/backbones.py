@@ -300,9 +300,10 @@ def make_layers_identity(backbone: PreTrainedModel) -> None:
     Its output without the final norm is then that of its patch embedding, with positions and class token.
     """
     for layer in _layers(backbone):
-        ends = (layer.attention.o_proj, layer.mlp.fc2)
         if hasattr(layer, "layer_scale1"):  # DINOv2
             ends = (layer.layer_scale1, layer.layer_scale2)
+        else:
+            ends = (layer.attention.o_proj, layer.mlp.fc2)
         for parameter in (parameter for end in ends for parameter in end.parameters()):
             parameter.zero_()
 
