@@ -827,8 +827,8 @@ class CAPIForPreTraining(CAPIPreTrainedModel):
         panels = {
             "picture": patches,
             "masked": patches.masked_fill(hidden, 0.0),
-            "clusters of the teacher": maps["teacher"],
-            "clusters (predicted where masked)": maps["predicted"].masked_fill(~hidden, 0.0),
+            "teacher clusters": maps["teacher"],
+            "predicted clusters": maps["predicted"].masked_fill(~hidden, 0.0),
         }
         return {name: unpatchify(panel, grid, patch_size) for name, panel in panels.items()}
 

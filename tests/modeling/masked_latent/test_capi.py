@@ -525,6 +525,7 @@ def fashion_model(**arguments) -> CAPIForPreTraining:
             predictor_intermediate_size=128,
             num_clusters=64,
             momentum_base=0.99,
+            clustering_learning_rate_factor=5.0,  # in so few steps the paper's would leave the clusters as they are
             **arguments,
         )
     )
