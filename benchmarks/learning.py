@@ -6,11 +6,13 @@
 Every seed draws its own initial weights, order, crops, masks, labels and heads. The rows: the pretrained encoder, the
 same network with its initial weights ("untrained" when frozen, "from scratch" when fine-tuned), and raw pixels. Frozen
 figures use all training labels, fine-tuning 1 % of them. Each finished seed is written at once; what is written is not
-run again. Further flags go to the training program.
+run again, and what was judged before (the same initial weights under another method) is not judged again, see
+`runs/judged`. Further flags go to the training program.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import statistics
 import sys
@@ -44,7 +46,7 @@ def run_seed(recipe: str, seed: int, flags: list[str], output: str) -> dict:
     # The probes are run once, at the end, and for all rows alike.
     args.probe_every_epochs = args.picture_every_epochs = 0
     set_seed(seed)
-    untrained = make_model(get_variant(method.method), method).backbone
+    untrained = make_model(get_variant(method.method), method).plain_backbone()
     started = time.perf_counter()
     trainer = train(copy.deepcopy(method), data, args)
     seconds = time.perf_counter() - started
@@ -55,15 +57,13 @@ def run_seed(recipe: str, seed: int, flags: list[str], output: str) -> dict:
         splits.append(labelled_tensors(source, processor))
     settings = ImageSettings.of_processor(processor)
     rows = {
-        name: evaluate_encoder(
-            encoder, settings, *splits, finetune=(LABELS,), seed=seed, finetune_options=finetune_options
-        )
-        for name, encoder, finetune_options in (
-            ("pretrained", trainer.model.backbone, {}),
+        name: judged(encoder, settings, splits, seed, options)
+        for name, encoder, options in (
+            ("pretrained", trainer.model.plain_backbone(), {}),
             ("untrained", untrained, FROM_SCRATCH),
+            ("raw pixels", None, {}),
         )
     }
-    rows["raw pixels"] = evaluate_raw_pixels(*splits, seed=seed)
     return {
         "dataset": source.name,
         "epochs": trainer.state.epoch,
@@ -72,6 +72,27 @@ def run_seed(recipe: str, seed: int, flags: list[str], output: str) -> dict:
         "final_loss": [line["loss"] for line in trainer.state.log_history if "loss" in line][-1],
         "rows": rows,
     }
+
+
+def judged(encoder, settings: ImageSettings, splits: list, seed: int, finetune_options: dict) -> dict:
+    """All measures of an encoder, or of raw pixels for None; taken from `runs/judged` where it was judged before."""
+    weights, form = ({}, None) if encoder is None else (encoder.state_dict(), encoder.config.to_diff_dict())
+    digest = hashlib.sha256(repr((form, settings, seed, finetune_options, LABELS)).encode())
+    for images, labels in splits:
+        digest.update(images.numpy().tobytes() + labels.numpy().tobytes())
+    for name, tensor in weights.items():
+        digest.update(name.encode() + tensor.float().numpy().tobytes())
+    path = Path("runs/judged") / f"{digest.hexdigest()[:32]}.json"
+    if not path.exists():
+        if encoder is None:
+            figures = evaluate_raw_pixels(*splits, seed=seed)
+        else:
+            figures = evaluate_encoder(
+                encoder, settings, *splits, finetune=(LABELS,), seed=seed, finetune_options=finetune_options
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures))
+    return json.loads(path.read_text())
 
 
 def summary(seeds: dict[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
