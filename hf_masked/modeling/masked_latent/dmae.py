@@ -102,6 +102,9 @@ class DMAEConfig(MAEConfig):
                 f"distillation_loss is {self.distillation_loss!r}; it must be one of {', '.join(DISTILLATION_LOSSES)}."
             )
 
+    def processor_settings(self) -> dict:
+        return super().processor_settings() | {"image_mean": self.image_mean, "image_std": self.image_std}
+
     @property
     def aligned_pairs(self) -> list[tuple[int, int]]:
         """(block of the student, block of the teacher) pairs."""
@@ -235,7 +238,9 @@ class DMAEForPreTraining(MAEForPreTraining):
         bright = values.new_zeros(bool_masked_pos.shape).scatter(1, visible, cosine)  # (batch, units)
         bright = (low + (high - low) * bright).unsqueeze(-1)
         size = self.patch_size[0] * self.patch_size[1] * pixel_values.shape[1]
-        return panels | {"agreement with the teacher": unpatchify(bright.expand(-1, -1, size), grid, self.patch_size)}
+        return panels | {
+            "agreement (with the teacher)": unpatchify(bright.expand(-1, -1, size), grid, self.patch_size)
+        }
 
 
 class DMAEForImageClassification(MAEForImageClassification):

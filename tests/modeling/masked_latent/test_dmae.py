@@ -342,6 +342,6 @@ def test_pictures_show_how_near_the_teacher_is():
     panels = model.pictures(pixel_values)
     mask = model(pixel_values).mask
     low, high = pixel_values.min(), pixel_values.max()
-    shown = panels["agreement with the teacher"][:, 0, ::8, ::8].flatten(1)
+    shown = panels["agreement (with the teacher)"][:, 0, ::8, ::8].flatten(1)
     torch.testing.assert_close(shown[mask], low.expand(int(mask.sum())))
     assert (shown >= low).all() and (shown <= high).all() and shown[~mask].std() > 0
