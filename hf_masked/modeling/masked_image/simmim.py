@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
 from hf_masked.modeling.outputs import MaskedImageModelingOutput
 from hf_masked.modeling.parts.backbones import check_window, feature_map, output_stride
-from hf_masked.modeling.parts.beit import check_beit, init_beit
+from hf_masked.modeling.parts.beit import beit_vit, check_beit, init_beit, with_final_norm
 from hf_masked.modeling.parts.heads import PixelShuffleHead, init_as_torch
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, patch_grid
@@ -57,7 +57,7 @@ class SimMIMConfig(MaskedPatchesConfig):
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
-            self.backbone_config = simmim_vit()
+            self.backbone_config = beit_vit()
         super().__post_init__(**kwargs)
 
     def check(self) -> None:
@@ -98,24 +98,7 @@ class SimMIMConfig(MaskedPatchesConfig):
 
     @classmethod
     def of_backbone(cls, backbone_config: PreTrainedConfig, **arguments) -> "SimMIMConfig":
-        if backbone_config.model_type == "beit":
-            # BEiT with mean pooling has no norm after its last block; SimMIM gives it one.
-            backbone_config = BeitConfig(**backbone_config.to_dict() | {"use_mean_pooling": False})
-        return cls(backbone_config=backbone_config, **arguments)
-
-
-def simmim_vit(**settings) -> BeitConfig:
-    """The paper's ViT-B/16 as a BEiT config (`models/vision_transformer.py`, `configs/vit_base__800ep`)."""
-    return BeitConfig(
-        **{
-            "use_shared_relative_position_bias": True,
-            "use_mean_pooling": False,
-            "layer_scale_init_value": 0.1,
-            "layer_norm_eps": 1e-6,
-            "drop_path_rate": 0.1,
-        }
-        | settings
-    )
+        return cls(backbone_config=with_final_norm(backbone_config), **arguments)
 
 
 class SimMIMPreTrainedModel(MaskedPatchesModel):
@@ -307,7 +290,7 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> SimMIMConfig:
 def _official_vit(state_dict: dict[str, torch.Tensor]) -> BeitConfig:
     hidden_size, num_channels, patch_size, _ = state_dict["encoder.patch_embed.proj.weight"].shape
     positions, heads = state_dict["encoder.rel_pos_bias.relative_position_bias_table"].shape
-    return simmim_vit(
+    return beit_vit(
         hidden_size=hidden_size,
         num_hidden_layers=official_depth(state_dict, "encoder.blocks"),
         num_attention_heads=heads,
@@ -376,7 +359,7 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: SimMIM
 
 
 def tiny_config() -> SimMIMConfig:
-    backbone_config = simmim_vit(
+    backbone_config = beit_vit(
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, BeitConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.output_capturing import capture_outputs
@@ -23,10 +23,12 @@ from hf_masked.modeling.outputs import MaskedPreTrainingOutput
 from hf_masked.modeling.parts.beit import (
     beit_feature_maps,
     beit_position_bias,
+    beit_vit,
     check_beit,
     init_beit,
     init_linear,
     rescale_blocks,
+    with_final_norm,
 )
 from hf_masked.modeling.parts.codebooks import code_colors
 from hf_masked.modeling.parts.patches import pair, patchify, take, unpatchify, visible_indices
@@ -80,7 +82,7 @@ class BEiTv2Config(MaskedPatchesConfig):
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
-            self.backbone_config = beitv2_vit()
+            self.backbone_config = beit_vit(drop_path_rate=0.0)
         elif isinstance(self.backbone_config, dict):
             self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         self.tokenizer_config = tokenizer_form(self.tokenizer, self.tokenizer_config)
@@ -112,27 +114,10 @@ class BEiTv2Config(MaskedPatchesConfig):
 
     @classmethod
     def of_backbone(cls, backbone_config: PreTrainedConfig, **arguments) -> "BEiTv2Config":
-        if backbone_config.model_type == "beit":
-            # BEiT with mean pooling has no norm after its last block; BEiT v2 gives it one.
-            backbone_config = BeitConfig(**backbone_config.to_dict() | {"use_mean_pooling": False})
-        return cls(backbone_config=backbone_config, **arguments)
+        return cls(backbone_config=with_final_norm(backbone_config), **arguments)
 
     def processor_settings(self) -> dict:
         return super().processor_settings() | {"image_mean": self.image_mean, "image_std": self.image_std}
-
-
-def beitv2_vit(**settings) -> BeitConfig:
-    """The paper's ViT-B/16 as a BEiT config (`modeling_pretrain.py`)."""
-    return BeitConfig(
-        **{
-            "use_shared_relative_position_bias": True,
-            "use_mean_pooling": False,
-            "layer_scale_init_value": 0.1,
-            "layer_norm_eps": 1e-6,
-            "drop_path_rate": 0.0,
-        }
-        | settings
-    )
 
 
 @dataclass
@@ -408,7 +393,8 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> BEiTv2Config:
     aggregates = any(name.startswith("cls_pt_layers.") for name in state_dict)
     scale = state_dict.get("blocks.0.gamma_1")
     return BEiTv2Config(
-        backbone_config=beitv2_vit(
+        backbone_config=beit_vit(
+            drop_path_rate=0.0,
             hidden_size=hidden_size,
             num_hidden_layers=layers,
             num_attention_heads=table.shape[1],
@@ -437,7 +423,8 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: BEiTv2
 
 
 def tiny_config() -> BEiTv2Config:
-    backbone_config = beitv2_vit(
+    backbone_config = beit_vit(
+        drop_path_rate=0.0,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

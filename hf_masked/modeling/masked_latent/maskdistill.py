@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, BeitConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.output_capturing import capture_outputs
@@ -24,7 +24,14 @@ from hf_masked.modeling.parts.backbones import (
     init_vit_as_mae,
     num_prefix_tokens,
 )
-from hf_masked.modeling.parts.beit import beit_feature_maps, check_beit, init_beit, init_linear
+from hf_masked.modeling.parts.beit import (
+    beit_feature_maps,
+    beit_vit,
+    check_beit,
+    init_beit,
+    init_linear,
+    with_final_norm,
+)
 from hf_masked.modeling.parts.decoders import MaskTokenDecoder
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import pair, patchify, unpatchify, visible_indices
@@ -96,7 +103,7 @@ class MaskDistillConfig(MaskedPatchesConfig):
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
-            self.backbone_config = maskdistill_vit()
+            self.backbone_config = beit_vit()
         if self.teacher == PAPERS_TEACHER and self.teacher_config is None:
             self.teacher_config = CLIPVisionConfig(patch_size=16)  # known, so that nobody has to ask the Hub for it
         if self.teacher != PIXELS:
@@ -138,27 +145,10 @@ class MaskDistillConfig(MaskedPatchesConfig):
 
     @classmethod
     def of_backbone(cls, backbone_config: PreTrainedConfig, **arguments) -> "MaskDistillConfig":
-        if backbone_config.model_type == "beit":
-            # BEiT with mean pooling has no norm after its last block; the head reads normed tokens.
-            backbone_config = BeitConfig(**backbone_config.to_dict() | {"use_mean_pooling": False})
-        return cls(backbone_config=backbone_config, **arguments)
+        return cls(backbone_config=with_final_norm(backbone_config), **arguments)
 
     def processor_settings(self) -> dict:
         return super().processor_settings() | {"image_mean": self.image_mean, "image_std": self.image_std}
-
-
-def maskdistill_vit(**settings) -> BeitConfig:
-    """The dense student's ViT-B/16 as a BEiT config."""
-    return BeitConfig(
-        **{
-            "use_shared_relative_position_bias": True,
-            "use_mean_pooling": False,
-            "layer_scale_init_value": 0.1,
-            "layer_norm_eps": 1e-6,
-            "drop_path_rate": 0.1,
-        }
-        | settings
-    )
 
 
 class MaskDistillPreTrainedModel(MaskedPatchesModel):
@@ -393,7 +383,7 @@ def tiny_config() -> MaskDistillConfig:
     }
     teacher_config = CLIPVisionConfig(**sizes | {"hidden_size": 48, "num_hidden_layers": 3})
     return MaskDistillConfig(
-        backbone_config=maskdistill_vit(**sizes, drop_path_rate=0.0), teacher=None, teacher_config=teacher_config
+        backbone_config=beit_vit(**sizes, drop_path_rate=0.0), teacher=None, teacher_config=teacher_config
     )
 
 

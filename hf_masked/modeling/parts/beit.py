@@ -5,10 +5,30 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BeitConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from hf_masked.modeling.parts.patches import pair
+
+
+def beit_vit(**settings) -> BeitConfig:
+    """ViT-B/16 in the form that SimMIM, BEiT v2 and MaskDistill pretrain, as a BEiT config (`modeling_pretrain.py` of
+    BEiT v2; `models/vision_transformer.py` and `configs/vit_base__800ep` of SimMIM)."""
+    return BeitConfig(
+        **{
+            "use_shared_relative_position_bias": True,
+            "use_mean_pooling": False,
+            "layer_scale_init_value": 0.1,
+            "layer_norm_eps": 1e-6,
+            "drop_path_rate": 0.1,
+        }
+        | settings
+    )
+
+
+def with_final_norm(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config, of a BEiT with the norm after its last block that a BEiT with mean pooling lacks."""
+    return BeitConfig(**config.to_dict() | {"use_mean_pooling": False}) if config.model_type == "beit" else config
 
 
 def check_beit(config: PreTrainedConfig) -> None:

@@ -28,9 +28,9 @@ from hf_masked.modeling.conversion import convert, read_official
 from hf_masked.modeling.masked_image.simmim import (
     convert_official_weights,
     official_config,
-    simmim_vit,
     tiny_config,
 )
+from hf_masked.modeling.parts.beit import beit_vit
 from hf_masked.modeling.registry import get_variant
 from hf_masked.processing.masks import make_mask
 from hf_masked.randomness import given_draw
@@ -44,7 +44,7 @@ PARITY = json.loads((Path(__file__).parents[2] / "parity" / "simmim.json").read_
 
 
 def small_beit(**settings) -> BeitConfig:
-    return simmim_vit(
+    return beit_vit(
         **{
             "hidden_size": 64,
             "num_hidden_layers": 3,
@@ -224,7 +224,7 @@ def test_starts_from_transformers_masked_model_and_keeps_its_mask_token(tmp_path
     ("backbone_config", "patches", "squares", "count"),
     [
         (SwinConfig(image_size=192, window_size=6, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1] * 4), 8, 36, 22),
-        (simmim_vit(num_hidden_layers=1), 2, 49, 30),
+        (beit_vit(num_hidden_layers=1), 2, 49, 30),
     ],
 )
 def test_counts_and_squares_of_the_papers_encoders(backbone_config, patches, squares, count):

@@ -21,11 +21,11 @@ from hf_masked import (
 from hf_masked.modeling.conversion import convert
 from hf_masked.modeling.masked_latent import vqkd
 from hf_masked.modeling.masked_latent.beitv2 import (
-    beitv2_vit,
     convert_official_weights,
     official_config,
     tiny_config,
 )
+from hf_masked.modeling.parts.beit import beit_vit
 from hf_masked.modeling.registry import get_variant
 from hf_masked.processing.masks import block as blocks
 from hf_masked.randomness import keyed_draw, sample_keys
@@ -43,7 +43,8 @@ LARGE = {"num_hidden_layers": 24, "use_shared_relative_position_bias": True, "us
 
 def small_model(seed: int = 0, layers: int = 4, vocab_size: int = 16, **settings) -> BEiTv2ForPreTraining:
     """Without a tokenizer; 4 x 4 patches."""
-    backbone_config = beitv2_vit(
+    backbone_config = beit_vit(
+        drop_path_rate=0.0,
         hidden_size=32,
         num_hidden_layers=layers,
         num_attention_heads=4,
@@ -328,7 +329,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"early_layers is 5; .* 4 blocks"):
         small_model(early_layers=5)
     with pytest.raises(ValueError, match="use_mean_pooling=False"):
-        BEiTv2Config(backbone_config=beitv2_vit(use_mean_pooling=True))
+        BEiTv2Config(backbone_config=beit_vit(drop_path_rate=0.0, use_mean_pooling=True))
 
 
 # Initialisation, weight decay, drop path, export
@@ -364,8 +365,12 @@ def test_drop_path_goes_on_from_the_early_block():
     """12 blocks and 2 after the 9th: as in the reference, the rates of 12 steps, those of blocks 10 and 11."""
     model = BEiTv2ForPreTraining(
         BEiTv2Config(
-            backbone_config=beitv2_vit(
-                hidden_size=8, num_attention_heads=2, intermediate_size=8, image_size=32, drop_path_rate=0.11
+            backbone_config=beit_vit(
+                hidden_size=8,
+                num_attention_heads=2,
+                intermediate_size=8,
+                image_size=32,
+                drop_path_rate=0.11,
             ),
             vocab_size=4,
         )
@@ -406,7 +411,8 @@ def test_tokens_are_predicted_and_features_follow(tmp_path):
         tokenizer.update_twins()
         optimizer.zero_grad()
     tokenizer.save_pretrained(tmp_path)
-    backbone_config = beitv2_vit(
+    backbone_config = beit_vit(
+        drop_path_rate=0.0,
         hidden_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,

@@ -29,7 +29,7 @@ from hf_masked import (
     SimMIMConfig,
     SimMIMForPreTraining,
 )
-from hf_masked.modeling.masked_latent.maskdistill import maskdistill_vit
+from hf_masked.modeling.parts.beit import beit_vit
 from hf_masked.modeling.parts.patches import unpatchify, visible_indices
 from hf_masked.training.export import export_encoder
 from hf_masked.training.optimization import parameter_groups
@@ -67,7 +67,7 @@ STUDENTS = {
 
 
 def dense_vit(**settings) -> BeitConfig:
-    return maskdistill_vit(**SIZES | {"drop_path_rate": 0.0} | settings)
+    return beit_vit(**SIZES | {"drop_path_rate": 0.0} | settings)
 
 
 def small_model(student: str = "dense", seed: int = 0, **settings) -> MaskDistillForPreTraining:
