@@ -36,7 +36,7 @@ for variant in MODELS:
         "class": type(loaded) is variant.pretraining,
         "weights": same(model, loaded),
         "processor": AutoImageProcessor.from_pretrained(repo).to_dict() == processor.to_dict(),
-        "encoder": type(encoder) is type(model.backbone) and not missing and not report["unexpected_keys"],
+        "encoder": type(encoder) is type(model.plain_backbone()) and not missing and not report["unexpected_keys"],
         "plain processor": "hf_masked" not in type(AutoImageProcessor.from_pretrained(repo, subfolder="encoder")).__module__,
     }
 json.dump(seen, open(sys.argv[1], "w"))

@@ -201,7 +201,7 @@ def test_a_schedule_that_cannot_spare_a_group_is_named():
 
 
 def test_layer_decay_needs_a_rate_and_blocks():
-    with pytest.raises(ValueError, match="needs learning_rate"):
+    with pytest.raises(ValueError, match="need learning_rate"):
         parameter_groups(classifier(ViTConfig(**VIT)), 0.05, layer_decay=0.5)
     with pytest.raises(ValueError, match="layer_decay=None"):
         parameter_groups(torch.nn.Linear(2, 2), 0.05, learning_rate=1.0, layer_decay=0.5)

@@ -168,11 +168,11 @@ class Teacher(MomentumTwin):
 
     def __init__(self, online: "DBOTForPreTraining"):
         super().__init__(online, ("backbone",), momentum=1.0, eval_mode=True)
-        # Whoever trains in one stage needs nobody who starts the next.
-        self._watching = online.config.num_stages > 1
+        if online.config.num_stages == 1:  # which needs nobody who starts the next
+            self._watch.stop()
 
     def update(self, online: nn.Module, progress: float) -> None:
-        self._watching, self._first_seen = False, None
+        self._watch.stop()
 
     @torch.no_grad()
     def reset(self, online: "DBOTForPreTraining") -> None:
