@@ -3,10 +3,10 @@
     python benchmarks/cost.py                          # all methods, writes benchmarks/results/cost_<device>.json
     python benchmarks/cost.py --methods crossmae hpm   # MAE and these
 
-Each method of the catalogue runs as its paper's recipe (`recipes/`) has it, with ViT-S/16 as its encoder where the recipe
-has ViT-B/16; others keep theirs, and teachers are untrained ones of the recipe's form. A step is forward, backward, AdamW
-and the averaging of momentum twins, on pictures whose masks and views are drawn beforehand, half-way through training.
-The methods take turns in one process; memory is the growth of a fresh process.
+Each method of the catalogue runs as its paper's recipe (`recipes/`) has it, with ViT-S/16 as its encoder where the
+recipe has ViT-B/16; others keep theirs, and teachers are untrained ones of the recipe's form. A step is forward,
+backward, AdamW and the averaging of momentum twins, on pictures whose masks and views are drawn beforehand, half-way
+through training. The methods take turns in one process; memory is the growth of a fresh process.
 """
 
 import argparse
