@@ -417,6 +417,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("two processes")
 def test_two_processes_decide_as_one(tmp_path):
     torch.manual_seed(0)
