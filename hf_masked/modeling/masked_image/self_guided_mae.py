@@ -44,8 +44,8 @@ class SelfGuidedMAEConfig(MAEConfig):
     Args:
         guide_start: share of training with MAE's random masks; the paper's 50 of 400 epochs. None: until the decoder
             exploits mask tokens more than visible patches (see `exploitation_rate`), which may be never.
-        guide_earliest: share of training before which no start is detected (our choice): in the first steps, before
-            there are any clusters, both rates are about 1.
+        guide_earliest: share of training before which no start is detected (our choice; the recipe's warm-up): at first,
+            before there are any clusters, both rates are about 1 and mask tokens may be ahead.
         guide_patience: how many steps in a row mask tokens must be ahead for a start to be detected (our choice).
         guide_layer: index of the encoder's block whose output is clustered; the last by default.
         affinity: of two patches: the cosine of their features where it is positive ("relu", our choice), or whether
@@ -66,7 +66,7 @@ class SelfGuidedMAEConfig(MAEConfig):
     masks: ClassVar[str] = "random patches at first, then those of the main cluster of the encoder's features"
 
     guide_start: float | None = 0.125
-    guide_earliest: float = 0.05
+    guide_earliest: float = 0.1
     guide_patience: int = 20
     guide_layer: int = -1
     affinity: str = "relu"
@@ -89,7 +89,7 @@ class SelfGuidedMAEConfig(MAEConfig):
                 "start that is detected."
             )
         if not 0.0 <= self.guide_earliest < 1.0:
-            raise ValueError(f"guide_earliest is {self.guide_earliest}; it must lie in [0, 1), for example 0.05.")
+            raise ValueError(f"guide_earliest is {self.guide_earliest}; it must lie in [0, 1), for example 0.1.")
         if self.guide_patience < 1:
             raise ValueError(f"guide_patience is {self.guide_patience}; it must be at least 1 step, for example 20.")
         for name in ("max_target_share", "hint_ratio_start", "hint_ratio_end"):
@@ -195,7 +195,7 @@ class SelfGuidedMAEForPreTraining(MAEForPreTraining):
         output = super().forward(pixel_values, bool_masked_pos, return_loss=return_loss, **kwargs)
         if self.config.guide_start is not None or isinstance(output, tuple):
             return output
-        masked, visible = self.exploitation.clone().unbind()
+        masked, visible = (rate.clone() for rate in self.exploitation)
         return SelfGuidedMAEOutput(**output, exploitation_of_masked=masked, exploitation_of_visible=visible)
 
     def decode(self, encoded: torch.Tensor, visible: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
