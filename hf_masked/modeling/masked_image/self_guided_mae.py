@@ -44,7 +44,7 @@ class SelfGuidedMAEConfig(MAEConfig):
     Args:
         guide_start: share of training with MAE's random masks; the paper's 50 of 400 epochs. None: until the decoder
             exploits mask tokens more than visible patches (see `exploitation_rate`), which may be never.
-        guide_earliest: share of training before which no start is detected (our choice; the recipe's warm-up): at first,
+        guide_earliest: share of training before which no start is detected (our choice; as the warm-up): at first,
             before there are any clusters, both rates are about 1 and mask tokens may be ahead.
         guide_patience: how many steps in a row mask tokens must be ahead for a start to be detected (our choice).
         guide_layer: index of the encoder's block whose output is clustered; the last by default.
