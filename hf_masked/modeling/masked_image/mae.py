@@ -200,7 +200,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             bool_masked_pos = self.draw_mask(pixel_values, grid, noise, generator)
         visible = self._visible(bool_masked_pos, grid)  # (batch, visible)
         encoded = encode_visible(self.backbone, pixel_values, visible, **kwargs)  # (batch, prefix + visible, hidden)
-        logits = self.decoder(encoded, visible, grid)  # (batch, units, values)
+        logits = self.decode(encoded, visible, grid)  # (batch, units, values)
         loss = self.loss(pixel_values, logits, bool_masked_pos) if return_loss else None
         return MaskedPreTrainingOutput(
             loss=loss,
@@ -209,6 +209,10 @@ class MAEForPreTraining(MAEPreTrainedModel):
             logits=logits,
             mask=bool_masked_pos,
         )
+
+    def decode(self, encoded: torch.Tensor, visible: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(batch, prefix + visible, hidden) and int64 (batch, visible) -> predictions (batch, units, values)."""
+        return self.decoder(encoded, visible, grid)
 
     def loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
         """Mean squared error over the pixels of masked patches (paper, section 3; `forward_loss`)."""

@@ -4,23 +4,28 @@ Jeongwoo Shin et al., "Self-Guided Masked Autoencoder", NeurIPS 2024, arXiv 2507
 public: what is marked "our choice" below could not be checked against one.
 """
 
+import math
+from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
+from transformers import initialization as init
 
 from hf_masked.modeling.masked_image import mae
 from hf_masked.modeling.masked_image.mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
 from hf_masked.modeling.outputs import MaskedPreTrainingOutput
 from hf_masked.modeling.parts.backbones import encode_visible, num_prefix_tokens, visible_feature_maps
-from hf_masked.modeling.parts.blocks import SelfAttention
+from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import patchify, unpatchify
 from hf_masked.modeling.registry import register_variant
 from hf_masked.processing.masks import random_mask
-from hf_masked.randomness import given_draw, model_draw
+from hf_masked.randomness import Draw, given_draw, model_draw
 
 AFFINITIES = ("relu", "binary")
 HINT_STRATEGIES = ("random", "similarity")
@@ -28,12 +33,20 @@ HINT_STRATEGIES = ("random", "similarity")
 # Below this second eigenvalue the affinities of a picture are those of one single cluster (our choice).
 SINGLE_CLUSTER = 1e-4
 
+# A detected start takes effect at the next full thousandth of training, so that the device need not be asked at each
+# step; this thousandth is never trained at.
+NEVER = 1000
+
 
 class SelfGuidedMAEConfig(MAEConfig):
     """Config of Self-guided MAE: MAE's, and the following.
 
     Args:
-        guide_start: share of training with MAE's random masks; the paper's 50 of 400 epochs.
+        guide_start: share of training with MAE's random masks; the paper's 50 of 400 epochs. None: until the decoder
+            exploits mask tokens more than visible patches (see `exploitation_rate`), which may be never.
+        guide_earliest: share of training before which no start is detected (our choice; as the warm-up): at first,
+            before there are any clusters, both rates are about 1 and mask tokens may be ahead.
+        guide_patience: how many steps in a row mask tokens must be ahead for a start to be detected (our choice).
         guide_layer: index of the encoder's block whose output is clustered; the last by default.
         affinity: of two patches: the cosine of their features where it is positive ("relu", our choice), or whether
             it exceeds `affinity_threshold` ("binary", as in TokenCut, arXiv 2202.11539).
@@ -52,7 +65,9 @@ class SelfGuidedMAEConfig(MAEConfig):
     weights_licence: ClassVar[None] = None
     masks: ClassVar[str] = "random patches at first, then those of the main cluster of the encoder's features"
 
-    guide_start: float = 0.125
+    guide_start: float | None = 0.125
+    guide_earliest: float = 0.1
+    guide_patience: int = 20
     guide_layer: int = -1
     affinity: str = "relu"
     affinity_threshold: float = 0.2
@@ -68,8 +83,15 @@ class SelfGuidedMAEConfig(MAEConfig):
                 f"mask_kind is {self.mask_kind!r}: Self-guided MAE chooses its masks itself, from random ones. For "
                 "masks of another kind set the processor's `mask_kind`."
             )
-        if not 0.0 <= self.guide_start < 1.0:
-            raise ValueError(f"guide_start is {self.guide_start}; it must lie in [0, 1), for example 0.125.")
+        if self.guide_start is not None and not 0.0 <= self.guide_start < 1.0:
+            raise ValueError(
+                f"guide_start is {self.guide_start}; it must lie in [0, 1), for example 0.125, or be None, for a "
+                "start that is detected."
+            )
+        if not 0.0 <= self.guide_earliest < 1.0:
+            raise ValueError(f"guide_earliest is {self.guide_earliest}; it must lie in [0, 1), for example 0.1.")
+        if self.guide_patience < 1:
+            raise ValueError(f"guide_patience is {self.guide_patience}; it must be at least 1 step, for example 20.")
         for name in ("max_target_share", "hint_ratio_start", "hint_ratio_end"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
@@ -87,6 +109,19 @@ class SelfGuidedMAEConfig(MAEConfig):
         return super().processor_settings() | {"mask_kind": "model"}
 
 
+@dataclass
+class SelfGuidedMAEOutput(MaskedPreTrainingOutput):
+    """Output of a model that detects when to begin.
+
+    Args:
+        exploitation_of_masked, exploitation_of_visible: float32 scalars, the rates in the last step that was measured,
+            means over the decoder's blocks; 1 before the first.
+    """
+
+    exploitation_of_masked: torch.Tensor | None = None
+    exploitation_of_visible: torch.Tensor | None = None
+
+
 class SelfGuidedMAEModel(MAEModel):
     """The encoder, MAE's: without a mask the plain backbone, with one it sees the visible patches only."""
 
@@ -94,9 +129,39 @@ class SelfGuidedMAEModel(MAEModel):
 
 
 class SelfGuidedMAEForPreTraining(MAEForPreTraining):
-    """MAE, whose encoder chooses the masks once it can."""
+    """MAE, whose encoder chooses the masks once it can.
+
+    With `guide_start=None` three buffers are saved with the weights: `exploitation`, float32 (2,), the rates of mask
+    tokens and of visible patches in the last step that was measured; `steps_ahead`, int64, in how many steps in a row
+    mask tokens have been ahead; `guide_thousandth`, int64, the thousandth of training in which guided masks begin.
+    A forward pass only notes the rates, so that a compiled one holds no communication.
+    """
 
     config: SelfGuidedMAEConfig
+    # DDP would overwrite the notes of one process with those of another.
+    _ddp_params_and_buffers_to_ignore: ClassVar[list[str]] = ["noted"]
+
+    def __init__(self, config: SelfGuidedMAEConfig):
+        super().__init__(config)
+        self._watching = False
+        self._detected_start = 1.0
+        self._thousandth: int | None = None
+        if config.guide_start is None:
+            self.logged_outputs = ("exploitation_of_masked", "exploitation_of_visible")
+            self.register_buffer("exploitation", torch.ones(2))
+            self.register_buffer("steps_ahead", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("guide_thousandth", torch.tensor(NEVER))
+            # Since the last step: the sums over pictures of both rates and of 1.
+            self.register_buffer("noted", torch.zeros(3), persistent=False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and hasattr(self, "noted"):
+            init.ones_(self.exploitation)
+            init.zeros_(self.steps_ahead)
+            init.constant_(self.guide_thousandth, NEVER)
+            init.zeros_(self.noted)
 
     def forward(
         self,
@@ -127,22 +192,82 @@ class SelfGuidedMAEForPreTraining(MAEForPreTraining):
         # Out here, so that hidden states and attentions that are asked for are those of the visible patches.
         if bool_masked_pos is None:
             bool_masked_pos = self.draw_mask(pixel_values, grid, noise, generator)
-        return super().forward(pixel_values, bool_masked_pos, return_loss=return_loss, **kwargs)
+        output = super().forward(pixel_values, bool_masked_pos, return_loss=return_loss, **kwargs)
+        if self.config.guide_start is not None or isinstance(output, tuple):
+            return output
+        masked, visible = (rate.clone() for rate in self.exploitation)
+        return SelfGuidedMAEOutput(**output, exploitation_of_masked=masked, exploitation_of_visible=visible)
 
-    def draw_mask(self, pixel_values, grid, noise=None, generator=None, progress: float | None = None) -> torch.Tensor:
-        """bool (batch, units): random before `guide_start`, then the main cluster but for its hints.
+    def decode(self, encoded: torch.Tensor, visible: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """As MAE's; notes the exploitation rates in steps that are measured."""
+        if not (self._watching and self.training):
+            return super().decode(encoded, visible, grid)
+        attentions = []
+        logits = self.decoder.predict(self.decoder.embed(encoded, visible, grid), attentions)
+        with torch.no_grad():
+            is_visible = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
+            is_visible = is_visible.scatter(1, visible, True)
+            rates = [rate.mean() for rate in exploitation_rate(attentions, is_visible, ~is_visible)]
+            self.noted += len(logits) * torch.stack([*rates, torch.ones_like(rates[0])])
+        return logits
+
+    @property
+    def guided_from(self) -> float:
+        """Share of training at which guided masks begin; 1 while that has not been detected."""
+        return self._detected_start if self.config.guide_start is None else self.config.guide_start
+
+    def on_progress(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Looks whether a start has been detected."""
+        if self.config.guide_start is not None:
+            return
+        if self.training_progress == 0.0:
+            # A new run, perhaps from the weights of a complete one.
+            self.exploitation.fill_(1.0)
+            self.steps_ahead.zero_()
+            self.guide_thousandth.fill_(NEVER)
+            self.noted.zero_()
+            self._thousandth = None
+        # The device is asked once in a thousandth of training, and at the begin of a run that is resumed.
+        thousandth = full_thousandths(self.training_progress)
+        if thousandth != self._thousandth:
+            self._thousandth, self._detected_start = thousandth, self.guide_thousandth.item() / NEVER
+        self._watching = self.training_progress < self._detected_start
+
+    @torch.no_grad()
+    def update_twins(self) -> None:
+        """Detects the start, from what all processes have noted in all batches of the step."""
+        super().update_twins()
+        if not self._watching:
+            return
+        noted = self.noted.clone().float()
+        self.noted.zero_()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(noted)
+        masked, visible = rates = noted[:2] / noted[2]
+        self.exploitation.copy_(rates)
+        if self.training_progress < self.config.guide_earliest:
+            return
+        self.steps_ahead.copy_(torch.where(masked > visible, self.steps_ahead + 1, 0))
+        detected = (self.steps_ahead >= self.config.guide_patience) & (self.guide_thousandth == NEVER)
+        self.guide_thousandth.masked_fill_(detected, full_thousandths(self.training_progress) + 1)
+
+    def draw_mask(self, pixel_values, grid, noise=None, generator=None) -> torch.Tensor:
+        """bool (batch, units): random before `guided_from`, then the main cluster but for its hints.
 
         Args:
             noise, generator: of what is random; see `model_draw`.
-            progress: of training, by default `self.training_progress`.
         """
-        config = self.config
-        progress = self.training_progress if progress is None else progress
+        config, start = self.config, self.guided_from
         draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
-        if progress < config.guide_start:
+        if start == 1.0 or self.training_progress < start:
             return random_mask(draw, grid, config.mask_ratio)
-        guided = (progress - config.guide_start) / (1.0 - config.guide_start)
+        guided = (self.training_progress - start) / (1.0 - start)
         hint_ratio = config.hint_ratio_start + (config.hint_ratio_end - config.hint_ratio_start) * guided
+        return self.guided_mask(pixel_values, grid, draw, hint_ratio)
+
+    def guided_mask(self, pixel_values, grid, draw: Draw, hint_ratio: float) -> torch.Tensor:
+        """bool (batch, units): the main cluster but for its hints."""
+        config = self.config
         target, relevance = self.main_cluster(pixel_values)
         noise = draw(target.shape[1])
         hints = choose_hints(target, relevance, noise, grid, config.mask_ratio, hint_ratio, config.hint_strategy)
@@ -181,37 +306,30 @@ class SelfGuidedMAEForPreTraining(MAEForPreTraining):
     def exploitation_rates(
         self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """How much attention masked positions pay in each block of the decoder to mask tokens and to visible patches.
+        """The `exploitation_rate` of mask tokens and of visible patches for these pictures, each float32 (blocks,).
 
-        The paper starts to guide where mask tokens, which by then carry what the patches share, overtake visible ones.
-        Not for sharded models, whose blocks' weights cannot be read.
+        Not for sharded models, whose weights are there in `forward` only.
 
-        Returns:
-            masked, visible: float32 (blocks,), means over the pictures and heads; with the prefix tokens' share they
-            add up to 1.
+        Args:
+            bool_masked_pos: bool (batch, units), True = masked; random by default.
         """
         grid = self._check_inputs(pixel_values, bool_masked_pos)
         if bool_masked_pos is None:
-            bool_masked_pos = self.draw_mask(pixel_values, grid, progress=0.0)
+            draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training)
+            bool_masked_pos = random_mask(draw, grid, self.config.mask_ratio)
         visible = self._visible(bool_masked_pos, grid)
-        sequence = self.decoder.embed(encode_visible(self.backbone, pixel_values, visible), visible, grid)
-        rates = []
-        for layer in self.decoder.layers:
-            weights = attention_weights(layer.attention, layer.attention_norm(sequence))
-            units = weights[..., self.decoder.num_prefix_tokens :, self.decoder.num_prefix_tokens :].mean(dim=1)
-            from_masked = units[bool_masked_pos]  # (masked positions, units)
-            on_masked = bool_masked_pos.repeat_interleave(bool_masked_pos.sum(dim=1), dim=0)
-            rates.append([(from_masked * keys).sum(dim=1).mean() for keys in (on_masked, ~on_masked)])
-            sequence = layer(sequence)
-        masked, visible = torch.tensor(rates).unbind(dim=1)
-        return masked, visible
+        attentions = []
+        encoded = encode_visible(self.backbone, pixel_values, visible)
+        self.decoder.predict(self.decoder.embed(encoded, visible, grid), attentions)
+        return exploitation_rate(attentions, ~bool_masked_pos, bool_masked_pos)
 
     @torch.no_grad()
     def pictures(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> dict:
         """MAE's panels, with a mask as at the end of training, and the main cluster."""
         grid = self._check_inputs(pixel_values, bool_masked_pos)
         if bool_masked_pos is None:
-            bool_masked_pos = self.draw_mask(pixel_values, grid, progress=1.0)
+            draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training)
+            bool_masked_pos = self.guided_mask(pixel_values, grid, draw, self.config.hint_ratio_end)
         patches = patchify(pixel_values.float(), self.patch_size)
         cluster = patches.masked_fill(~self.main_cluster(pixel_values)[0].unsqueeze(-1), 0.0)
         panels = super().pictures(pixel_values, bool_masked_pos)
@@ -224,11 +342,38 @@ class SelfGuidedMAEForImageClassification(MAEForImageClassification):
     config: SelfGuidedMAEConfig
 
 
-def attention_weights(attention: SelfAttention, hidden_states: torch.Tensor) -> torch.Tensor:
-    """float32 (batch, heads, tokens, tokens) of a block that does not hand them out."""
-    qkv = attention.qkv(hidden_states).unflatten(2, (3, attention.num_attention_heads, -1))
-    query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, heads, tokens, head width) each
-    return (query @ key.transpose(-1, -2) * attention.scaling).float().softmax(dim=-1)
+def exploitation_rate(
+    decoder_attentions: Iterable[torch.Tensor], visible: torch.Tensor, masked: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much attention masked positions pay, in each block of the decoder, to a mask token and to a visible patch.
+
+    The paper begins to guide where the rate of mask tokens, which by then carry what the patches share, overtakes that
+    of visible ones (figure 4). Its formula could not be checked. Our choice: the attention that ONE token of the kind
+    gets on average, over what it would get if all tokens got the same. So both are 1 for uniform attention, whatever
+    the mask ratio, whereas of the sums of attention three quarters would go to mask tokens by their number alone. The
+    positions that pay it are the masked ones, which the loss is about; each pays attention to itself as well.
+
+    Args:
+        decoder_attentions: of each block, float (batch, heads, tokens, tokens), rows that sum to 1; the units come
+            last, after prefix tokens, to which neither rate refers.
+        visible, masked: bool (batch, units).
+
+    Returns:
+        masked, visible: float32 (blocks,), means over heads, pictures and tokens of the kind.
+    """
+    rates = []
+    for weights in decoder_attentions:
+        tokens, units = weights.shape[-1], masked.shape[1]
+        paid = weights[..., tokens - units :, tokens - units :].float().mean(dim=1)  # (batch, units, units)
+        received = (paid * masked.unsqueeze(2)).sum(dim=1) / masked.sum(dim=1, keepdim=True).clamp(min=1)
+        rates.append(torch.stack([tokens * masked_mean(received, kind) for kind in (masked, visible)]))
+    of_masked, of_visible = torch.stack(rates).unbind(dim=1)
+    return of_masked, of_visible
+
+
+def full_thousandths(progress: float) -> int:
+    """Of a share of training; the share of a whole number of steps may fall short of what it should be."""
+    return math.floor(progress * NEVER + 1e-9)
 
 
 @contextmanager

@@ -42,6 +42,13 @@ class SelfAttention(nn.Module):
         context, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
         return self.projection(context.flatten(2))
 
+    @torch.no_grad()
+    def weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the fast kernels keep to themselves, float32 (batch, heads, tokens, tokens): each row sums to 1."""
+        qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_attention_heads, -1))
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, heads, tokens, head width) each
+        return (query @ key.transpose(-1, -2) * self.scaling).float().softmax(dim=-1)
+
 
 class CrossAttention(nn.Module):
     """Multi-head attention of queries to a memory of another width, with one matrix for keys and values.
@@ -128,9 +135,19 @@ class TransformerBlock(GradientCheckpointingLayer):
         self.feed_forward = FeedForward(hidden_size, intermediate_size)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.drop_path(self.attention(self.attention_norm(hidden_states)))
-        return hidden_states + self.drop_path(self.feed_forward(self.feed_forward_norm(hidden_states)))
+    def forward(
+        self, hidden_states: torch.Tensor, return_weights: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(batch, tokens, hidden) -> the same shape.
+
+        Args:
+            return_weights: hand out the attention's weights too, float32 (batch, heads, tokens, tokens), without
+                gradient. They are asked for here because a sharded block has its parameters only while it is called.
+        """
+        normed = self.attention_norm(hidden_states)
+        hidden_states = hidden_states + self.drop_path(self.attention(normed))
+        hidden_states = hidden_states + self.drop_path(self.feed_forward(self.feed_forward_norm(hidden_states)))
+        return (hidden_states, self.attention.weights(normed)) if return_weights else hidden_states
 
 
 class CrossAttentionBlock(GradientCheckpointingLayer):

@@ -86,10 +86,20 @@ class MaskTokenDecoder(nn.Module):
         sequence = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], positions.shape[1], -1)
         return sequence.scatter(1, places, tokens) + positions  # (batch, prefix + units, hidden)
 
-    def predict(self, sequence: torch.Tensor) -> torch.Tensor:
-        """(batch, prefix + units, hidden) of `embed` -> what `forward` returns."""
+    def predict(self, sequence: torch.Tensor, attentions: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """What `forward` returns.
+
+        Args:
+            sequence: (batch, prefix + units, hidden) of `embed`.
+            attentions: receives the attention's weights in each block, means over the heads without gradient: float32
+                (batch, 1, prefix + units, prefix + units).
+        """
         for layer in self.layers:
-            sequence = layer(sequence)
+            if attentions is None:
+                sequence = layer(sequence)
+            else:
+                sequence, weights = layer(sequence, return_weights=True)
+                attentions.append(weights.mean(dim=1, keepdim=True))
         if not self.predicts_prefix:
             sequence = sequence[:, self.num_prefix_tokens :]
         return self.head(self.norm(sequence))

@@ -1,25 +1,37 @@
 """Self-guided MAE: every check of its spec (section 11); there is no reference implementation."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 from hf_masked import (
     MAEForPreTraining,
+    MaskedImageProcessor,
     SelfGuidedMAEConfig,
     SelfGuidedMAEForImageClassification,
     SelfGuidedMAEForPreTraining,
 )
+from hf_masked.data import ResidentImageDataset
+from hf_masked.data.sources import ArraySource
 from hf_masked.modeling.masked_image import mae
 from hf_masked.modeling.masked_image.self_guided_mae import (
     choose_hints,
+    exploitation_rate,
     in_eval_mode,
     normalized_cut,
     relevance_mask,
     relevance_to,
     tiny_config,
 )
+from hf_masked.training.arguments import PreTrainingArguments
+from hf_masked.training.trainer import PreTrainer
 
+ROOT = Path(__file__).parents[3]
 GRID = (14, 14)
 
 
@@ -209,27 +221,284 @@ def test_clustered_features_are_those_of_the_layer_asked_for():
     assert torch.equal(model.main_cluster(pixel_values)[1], relevances[2])
 
 
-def test_exploitation_rates_are_shares_of_the_attention():
-    model = tiny_model(decoder_num_hidden_layers=2).eval()
-    pixel_values, mask = torch.randn(2, 3, 32, 32), (torch.arange(16) > 3).expand(2, -1)
-    masked, visible = model.exploitation_rates(pixel_values, mask)
-    assert masked.shape == (2,) and ((masked + visible) < 1).all() and (visible > 0).all()
-    with torch.no_grad():
-        model.decoder.layers[0].attention.qkv.weight.zero_()
-    # Uniform attention: 12 mask tokens, 4 visible patches and the class token.
-    masked, visible = model.exploitation_rates(pixel_values, mask)
-    assert masked[0].item() == pytest.approx(12 / 17, abs=1e-5) and visible[0].item() == pytest.approx(
-        4 / 17, abs=1e-5
-    )
-    # Keys that point towards the mask token draw the attention of all.
+def test_exploitation_rate_of_a_hand_made_attention():
+    """One prefix token and four units, of which the first and the third are masked."""
+    masked = torch.tensor([[True, False, True, False]])
+    first, second = torch.zeros(2, 1, 2, 5, 5)
+    # The rows of masked positions; those of others are not looked at.
+    first[0, :, 1] = torch.tensor([0.2, 0.1, 0.3, 0.1, 0.3])
+    first[0, :, 3] = torch.tensor([0.0, 0.4, 0.2, 0.2, 0.2])
+    first[0, :, [0, 2, 4], 1] = 1.0
+    second[0, 0, 1, 1] = second[0, 0, 3, 3] = 1.0  # one head looks at mask tokens only,
+    second[0, 1, 1, 2] = second[0, 1, 3, 0] = 1.0  # the other half at the prefix, half at visible patches
+    of_masked, of_visible = exploitation_rate([first, second], ~masked, masked)
+    # Five tokens, so that the uniform attention of one of them is a fifth.
+    torch.testing.assert_close(of_masked, 5 * torch.tensor([(0.1 + 0.1 + 0.4 + 0.2) / 4, 2 / 8]))
+    torch.testing.assert_close(of_visible, 5 * torch.tensor([(0.3 + 0.3 + 0.2 + 0.2) / 4, 1 / 8]))
+
+
+@pytest.mark.parametrize("number", [1, 12, 15])
+def test_uniform_attention_exploits_both_kinds_alike_whatever_their_number(number):
+    masked = (torch.arange(16) < number).expand(3, -1)
+    rates = exploitation_rate([torch.full((3, 2, 17, 17), 1 / 17)] * 2, ~masked, masked)
+    torch.testing.assert_close(torch.stack(rates), torch.ones(2, 2))
+
+
+def look_at(model: SelfGuidedMAEForPreTraining, masked: bool) -> SelfGuidedMAEForPreTraining:
+    """Makes the first block of the decoder attend to mask tokens alone, or to visible patches alone."""
     with torch.no_grad():
         attention, width = model.decoder.layers[0].attention, model.config.decoder_hidden_size
-        attention.qkv.bias[:width] = 30.0
-        attention.qkv.weight[width : 2 * width] = model.decoder.mask_token[0] / model.decoder.mask_token.norm()
+        # Visible tokens become constant: the norm leaves of them what is opposed to the mask token.
+        direction = torch.nn.functional.normalize(torch.tensor([1.0, -1.0]).repeat(width // 2), dim=0)
         model.decoder.position_embeddings.zero_()
+        model.decoder.mask_token.copy_(direction)
         model.decoder.embedding.weight.zero_()
-    masked, visible = model.exploitation_rates(pixel_values, mask)
-    assert masked[0] > 0.99 and visible[0] < 0.01
+        model.decoder.embedding.bias.copy_(-direction)
+        attention.qkv.weight.zero_()
+        attention.qkv.weight[width : 2 * width] = direction if masked else -direction
+        attention.qkv.bias[:width] = 30.0
+    return model
+
+
+def test_exploitation_rates_follow_what_the_decoder_looks_at():
+    pixel_values, mask = torch.randn(2, 3, 32, 32), (torch.arange(16) > 3).expand(2, -1)
+    of_masked, of_visible = look_at(tiny_model(decoder_num_hidden_layers=2), masked=True).exploitation_rates(
+        pixel_values, mask
+    )
+    # The attention of 17 tokens goes to 12.
+    assert of_masked.shape == (2,) and of_masked[0].item() == pytest.approx(17 / 12, abs=1e-4)
+    assert of_visible[0].item() == pytest.approx(0.0, abs=1e-4)
+    of_masked, of_visible = look_at(tiny_model(), masked=False).exploitation_rates(pixel_values, mask)
+    # To the 4 visible patches and the class token.
+    assert of_visible[0].item() == pytest.approx(17 / 5, abs=1e-4)
+    assert of_masked[0].item() == pytest.approx(0.0, abs=1e-4)
+
+
+DETECTING = {"guide_start": None, "guide_earliest": 0.0, "guide_patience": 1}
+
+
+def start_of(model: SelfGuidedMAEForPreTraining, steps: int = 10, act=lambda step: None) -> int | None:
+    """The first of so many steps with a guided mask; the weights stand still."""
+    random = MAEForPreTraining(mae.tiny_config()).train()
+    for step in range(steps):
+        model.training_progress = step / steps
+        model.on_progress()
+        act(step)
+        pixel_values, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+        if not torch.equal(model(pixel_values, noise=noise).mask, random(pixel_values, noise=noise).mask):
+            return step
+        model.update_twins()
+    return None
+
+
+def test_a_decoder_that_looks_at_mask_tokens_starts_it_at_once():
+    assert start_of(look_at(tiny_model(**DETECTING), masked=True)) == 1
+    # As soon as it may: the step at 0.5 is the first that counts.
+    assert start_of(look_at(tiny_model(**DETECTING | {"guide_earliest": 0.5}), masked=True)) == 6
+
+
+def test_a_decoder_that_looks_at_visible_patches_never_starts_it():
+    model = look_at(tiny_model(**DETECTING), masked=False)
+    assert start_of(model) is None and model.guided_from == 1.0
+    model.training_progress = 1.0
+    pixel_values, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    random = MAEForPreTraining(mae.tiny_config())(pixel_values, noise=noise).mask
+    assert torch.equal(model(pixel_values, noise=noise).mask, random)
+    # There is something to see all the same.
+    assert "main cluster" in model.pictures(pixel_values)
+
+
+def test_mask_tokens_must_be_ahead_for_several_steps_in_a_row():
+    model = tiny_model(**DETECTING | {"guide_patience": 3})
+    # Ahead in steps 0 and 1, behind in step 2, ahead in 3, 4 and 5.
+    assert start_of(model, act=lambda step: look_at(model, masked=step != 2)) == 6
+
+
+def test_hints_run_from_the_detected_start():
+    model = look_at(tiny_model(**DETECTING), masked=True)
+    assert start_of(model, steps=4000, act=lambda step: look_at(model, masked=step > 100)) == 104
+    # Detected in step 101, at 0.02525; the next thousandth of training is the 26th.
+    assert model.guided_from == 0.026
+    seen = []
+    model.guided_mask = lambda pixel_values, grid, draw, hint_ratio: seen.append(hint_ratio)
+    for progress in (0.026, (1 + 0.026) / 2, 1.0):
+        model.training_progress = progress
+        model.draw_mask(torch.randn(2, 3, 32, 32), (4, 4))
+    assert seen == pytest.approx([0.10, 0.075, 0.05])
+
+
+def test_a_new_run_detects_anew():
+    model = look_at(tiny_model(**DETECTING), masked=True)
+    assert start_of(model) == 1
+    assert start_of(look_at(model, masked=False)) is None
+
+
+def test_measuring_leaves_weights_randomness_outputs_and_gradients_alone():
+    measured, plain = tiny_model(0.0, **DETECTING), tiny_model(0.0)
+    for model in (measured, plain):
+        model.on_progress()
+    weights = {name: value.clone() for name, value in measured.named_parameters()}
+    pixel_values = torch.randn(3, 3, 32, 32)
+    outputs, states = [], []
+    for model in (measured, plain):
+        torch.manual_seed(1)
+        outputs.append(model(pixel_values))
+        outputs[-1].loss.backward()
+        model.update_twins()
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[1]) and torch.equal(outputs[0].mask, outputs[1].mask)
+    assert torch.equal(outputs[0].loss, outputs[1].loss) and torch.equal(outputs[0].logits, outputs[1].logits)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(measured.get_parameter(name), weights[name]), name
+        if parameter.grad is not None:
+            assert torch.equal(measured.get_parameter(name).grad, parameter.grad), name
+    assert not measured.exploitation.requires_grad
+    # What was measured is what `exploitation_rates` says of the same pictures and mask.
+    rates = measured.exploitation_rates(pixel_values, outputs[0].mask)
+    torch.testing.assert_close(measured.exploitation, torch.stack([rate.mean() for rate in rates]))
+
+
+def test_nothing_is_measured_with_a_fixed_start_in_eval_or_after_the_start(monkeypatch):
+    from hf_masked.modeling.masked_image import self_guided_mae
+
+    def refuse(*args):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(self_guided_mae, "exploitation_rate", refuse)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    fixed, detecting = tiny_model(0.0), tiny_model(0.0, **DETECTING)
+    for model in (fixed, detecting.eval()):
+        model.on_progress()
+        model(pixel_values)
+        model.train()
+    assert set(fixed.state_dict()) == set(MAEForPreTraining(mae.tiny_config()).state_dict())
+    with pytest.raises(AssertionError, match="measured"):
+        detecting(pixel_values)
+    detecting.training_progress = 0.5
+    detecting.guide_thousandth.fill_(400)
+    detecting.on_progress()
+    assert detecting(pixel_values).loss.isfinite()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulated_batches_are_measured_as_one_large_batch(checkpointing):
+    pixel_values, noise = torch.randn(6, 3, 32, 32), torch.rand(6, 16)
+    found = []
+    for sizes in ([6], [2, 4]):
+        model = tiny_model(0.0, **DETECTING)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.on_progress()
+        for part in zip(pixel_values.split(sizes), noise.split(sizes), strict=True):
+            model(part[0], noise=part[1]).loss.backward()
+        model.update_twins()
+        found.append(model.exploitation)
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.equal(found[0], torch.ones(2))
+
+
+TWO_PROCESSES = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tests.modeling.masked_image.test_self_guided_mae import DETECTING, tiny_model
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = tiny_model(0.0, **DETECTING)
+model.on_progress()
+parallel = DistributedDataParallel(model)
+inputs = torch.load(sys.argv[1])
+for half in (0, 1):
+    start = 4 * half + 2 * rank
+    parallel(**{name: value[start : start + 2] for name, value in inputs.items()}).loss.backward()
+model.update_twins()
+torch.save((model.exploitation, model.guide_thousandth), f"{sys.argv[1]}.{rank}")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two processes")
+def test_two_processes_decide_as_one(tmp_path):
+    torch.manual_seed(0)
+    inputs = {"pixel_values": torch.randn(8, 3, 32, 32), "noise": torch.rand(8, 16)}
+    torch.save(inputs, tmp_path / "inputs")
+    (tmp_path / "run.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "run.py"), str(tmp_path / "inputs")], check=True, env=environment)
+    model = tiny_model(0.0, **DETECTING)
+    model.on_progress()
+    model(**inputs)
+    model.update_twins()
+    found = [torch.load(tmp_path / f"inputs.{rank}") for rank in (0, 1)]
+    assert torch.equal(found[0][0], found[1][0])
+    for exploitation, guide_thousandth in found:
+        torch.testing.assert_close(exploitation, model.exploitation)
+        assert torch.equal(guide_thousandth, model.guide_thousandth)
+
+
+def detecting_trainer(output: Path, steps: int, **settings) -> PreTrainer:
+    """Of a model whose decoder looks at mask tokens, with so much patience that it starts at step 6 of 12."""
+    model = look_at(tiny_model(0.0, **DETECTING | {"guide_patience": 6}), masked=True)
+    processor = MaskedImageProcessor(**model.config.processor_settings())
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    args = PreTrainingArguments(
+        output_dir=str(output),
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        max_steps=12,
+        learning_rate=1e-5,
+        save_strategy="steps",
+        save_steps=steps,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        **settings,
+    )
+    dataset = ResidentImageDataset(ArraySource("random pictures", pictures.numpy()), processor)
+    return PreTrainer(model=model, args=args, processing_class=processor, train_dataset=dataset)
+
+
+@pytest.mark.parametrize("steps", [3, 6, 9])
+def test_a_resumed_run_starts_when_the_uninterrupted_does_and_not_twice(tmp_path, steps):
+    """Interrupted before the detection, between it and the start, and afterwards."""
+    whole = detecting_trainer(tmp_path / "whole", steps)
+    whole.train()
+    # Six steps, 0 to 5, are ahead; that of number 5 is 416 thousandths and a part into training.
+    assert whole.model.guide_thousandth.item() == 417 and whole.model.guided_from == 0.417
+    torch.manual_seed(123)
+    resumed = detecting_trainer(tmp_path / "resumed", steps)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{steps}"))
+    assert resumed.model.guided_from == 0.417
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_the_log_shows_the_rates(tmp_path):
+    trainer = detecting_trainer(tmp_path, 12)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    masked = [line["exploitation_of_masked"] for line in lines]
+    # The step before is what a line knows of; the last measured step is that before the start.
+    assert masked[0] == 1.0 and masked[1] == pytest.approx(17 / 12, abs=0.01)
+    assert lines[1]["exploitation_of_visible"] == pytest.approx(0.0, abs=0.01)
+    assert len(set(masked[6:])) == 1
+
+
+def test_detection_compiles_to_one_graph_while_it_waits_and_one_afterwards():
+    model, counter = tiny_model(0.0, **DETECTING), CompileCounter()
+    look_at(model, masked=False)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for step in range(3):
+        model.training_progress = step / 12
+        model.on_progress()
+        compiled(torch.randn(2, 3, 32, 32), noise=torch.rand(2, 16)).loss.backward()
+        model.update_twins()
+        assert model.exploitation[1] > 2
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
 
 
 def test_too_large_a_cluster_is_the_background():
@@ -273,7 +542,9 @@ def test_progress_does_not_recompile_at_each_step():
     ("settings", "words"),
     [
         ({"mask_kind": "block"}, ["block", "processor"]),
-        ({"guide_start": 1.0}, ["guide_start", "1.0"]),
+        ({"guide_start": 1.0}, ["guide_start", "1.0", "None"]),
+        ({"guide_start": None, "guide_earliest": 1.0}, ["guide_earliest", "1.0"]),
+        ({"guide_start": None, "guide_patience": 0}, ["guide_patience", "0"]),
         ({"guide_layer": 12}, ["12", "blocks"]),
         ({"affinity": "cosine"}, ["cosine", "relu"]),
         ({"hint_strategy": "all"}, ["all", "random"]),
