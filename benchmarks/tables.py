@@ -3,7 +3,8 @@
     python benchmarks/tables.py            # rewrite what stands between the markers
     python benchmarks/tables.py --check    # only say whether all of it is fresh
 
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a result's file name.
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a result's file name, or
+"methods" for one line per method on Fashion-MNIST.
 """
 
 import argparse
@@ -11,6 +12,10 @@ import json
 import re
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hf_masked.training.recipes import read_recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,6 +42,31 @@ def learning_table(result: dict) -> str:
         f"\n\n{seeds[0]['dataset']}; `{result['recipe']}`{_flags(result)}, {seeds[0]['epochs']:g} epochs in "
         f"{minutes:.0f} minutes on {_cores(result['environment'])}; "
         f"{spread}. Frozen encoders are judged with all labels.\n"
+    )
+
+
+def methods_table() -> str:
+    """Of each method measured on Fashion-MNIST: its encoder beside the same network without pretraining."""
+    lines = [
+        "| accuracy, % | encoder | epochs, minutes | seeds | " + " | ".join(MEASURES.values()) + " |",
+        "|---|---|---|---|" + "---|" * len(MEASURES),
+    ]
+    for path in sorted(RESULTS.glob("learning_*_fashion_mnist.json")):
+        result = json.loads(path.read_text())
+        seeds, rows = list(result["seeds"].values()), result["summary"]
+        settings = read_recipe(ROOT / result["recipe"])
+        minutes = sum(run["pretraining_seconds"] for run in seeds) / len(seeds) / 60
+        pairs = [
+            f"{100 * rows['pretrained'][measure]['mean']:.1f} / {100 * rows['untrained'][measure]['mean']:.1f}"
+            for measure in MEASURES
+        ]
+        facts = [settings["method"], settings["model"]["backbone_config"]["model_type"]]
+        facts += [f"{seeds[0]['epochs']:g}, {minutes:.0f}", str(len(seeds))]
+        lines.append("| " + " | ".join(facts + pairs) + " |")
+    return "\n".join(lines) + (
+        "\n\nPretrained / untrained (from scratch, where fine-tuned), means over the seeds. The recipes are "
+        "`recipes/<method>_fashion_mnist.yaml`; minutes are of one or two busy cores, and the runs are of unequal "
+        "cost: this is no ranking.\n"
     )
 
 
@@ -82,7 +112,23 @@ def feeding_table(result: dict) -> str:
     )
 
 
-KINDS = {"learning": learning_table, "step": step_table, "feeding": feeding_table}
+def cost_table(result: dict) -> str:
+    lines = [
+        "| method | encoder | time | peak memory | multiply-adds of forward | parameters |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["methods"].items():
+        ratios = " | ".join(f"{row[f'{what}_ratio']:.2f}" for what in ("time", "memory", "multiply_adds"))
+        lines.append(f"| {name} | {row['encoder']} | {ratios} | {row['million_parameters']:.1f} M |")
+    facts = result["environment"]
+    return "\n".join(lines) + (
+        f"\n\nRelative to MAE, 224 x 224, batch {result['batch']}, fp32, eager, {facts['device']}, {facts['threads']} "
+        f"threads, torch {facts['torch']}; medians of {result['rounds']} interleaved rounds; below 1 is cheaper "
+        "(`python benchmarks/cost.py`).\n"
+    )
+
+
+KINDS = {"cost": cost_table, "learning": learning_table, "step": step_table, "feeding": feeding_table}
 
 
 def table(name: str) -> str:
@@ -91,6 +137,8 @@ def table(name: str) -> str:
     Raises:
         SystemExit: if there is no such result.
     """
+    if name == "methods":
+        return methods_table()
     path = RESULTS / f"{name}.json"
     if not path.exists():
         sys.exit(f"There is no {path}: run the benchmark that writes it.")
