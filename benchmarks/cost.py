@@ -6,7 +6,8 @@
 Each method of the catalogue runs as its paper's recipe (`recipes/`) has it, with ViT-S/16 as its encoder where the
 recipe has ViT-B/16; others keep theirs, and teachers are untrained ones of the recipe's form. A step is forward,
 backward, AdamW and the averaging of momentum twins, on pictures whose masks and views are drawn beforehand, half-way
-through training. The methods take turns in one process; memory is the growth of a fresh process.
+through training. Each method takes turns with MAE in one process; memory is the growth of a fresh process. Each
+finished row is written at once; what is written is not run again.
 """
 
 import argparse
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import hf_masked
 from benchmarks.common import (
+    RESULTS,
     environment,
     in_fresh_process,
     interleaved_seconds,
@@ -108,31 +110,26 @@ def memory_on_gpu(name: str, recipe: Path, batch: int, device: torch.device) -> 
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def compare(recipes: dict[str, Path], batch: int, rounds: int, device: torch.device) -> dict[str, dict]:
-    built = {name: build(name, recipe, batch, device) for name, recipe in recipes.items()}
-    rows = {
-        name: {
-            "recipe": str(recipes[name].relative_to(ROOT)),
-            "encoder": describe(model.config.backbone_config),
-            "million_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
-            "giga_multiply_adds": forward_flops(model, inputs) / 2e9 / batch,
-        }
-        for name, (model, inputs) in built.items()
+def compare(name: str, recipes: dict[str, Path], batch: int, rounds: int, device: torch.device) -> dict:
+    """The row of a method: its own figures, and its time over MAE's in the same rounds."""
+    model, inputs = build(name, recipes[name], batch, device)
+    row = {
+        "recipe": str(recipes[name].relative_to(ROOT)),
+        "encoder": describe(model.config.backbone_config),
+        "million_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
+        "giga_multiply_adds": forward_flops(model, inputs) / 2e9 / batch,
     }
-    seconds = interleaved_seconds({name: make_step(*pair) for name, pair in built.items()}, rounds, device)
-    del built
-    for name, row in rows.items():
-        row["median_seconds"] = statistics.median(seconds[name])
-        row["time_ratio"] = median_ratio(seconds[name], seconds[BASELINE])
-        row["multiply_adds_ratio"] = row["giga_multiply_adds"] / rows[BASELINE]["giga_multiply_adds"]
-        row["peak_memory_mib"] = (
-            memory_on_gpu(name, recipes[name], batch, device)
-            if device.type == "cuda"
-            else in_fresh_process(__file__, "--memory", name, str(recipes[name]), str(batch))["mib"]
-        )
-    for row in rows.values():
-        row["memory_ratio"] = row["peak_memory_mib"] / rows[BASELINE]["peak_memory_mib"]
-    return rows
+    steps = {name: make_step(model, inputs), "beside": make_step(*build(BASELINE, recipes[BASELINE], batch, device))}
+    seconds = interleaved_seconds(steps, rounds, device)
+    row |= {"median_seconds": statistics.median(seconds[name])}
+    row |= {"time_ratio": median_ratio(seconds[name], seconds["beside"])}
+    del model, inputs, steps
+    row["peak_memory_mib"] = (
+        memory_on_gpu(name, recipes[name], batch, device)
+        if device.type == "cuda"
+        else in_fresh_process(__file__, "--memory", name, str(recipes[name]), str(batch))["mib"]
+    )
+    return row
 
 
 def describe(config) -> str:
@@ -147,21 +144,28 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no_write", action="store_true")
     parser.add_argument("--memory", nargs=3, metavar=("METHOD", "RECIPE", "BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
         return memory_of(args.memory[0], args.memory[1], int(args.memory[2]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = {name: recipes[name] for name in methods if name in {BASELINE, *args.methods}}
-    rows = compare(chosen, args.batch, args.rounds, device)
+    path = RESULTS / f"cost_{device.type}.json"
+    result = {"batch": args.batch, "rounds": args.rounds, "methods": {}}
+    if path.exists():
+        result = json.loads(path.read_text())
+        if (result["batch"], result["rounds"]) != (args.batch, args.rounds):
+            sys.exit(f"{path} holds rows of batch {result['batch']}, {result['rounds']} rounds: remove it first.")
+    rows = result["methods"]
     print(f"{'method':18}{'encoder':18}{'time':>7}{'memory':>8}{'multiply-adds':>15}   (relative to MAE)")
-    for name, row in rows.items():
+    for name in dict.fromkeys([BASELINE, *args.methods]):
+        if name not in rows:
+            row = rows[name] = compare(name, recipes, args.batch, args.rounds, device)
+            row["multiply_adds_ratio"] = row["giga_multiply_adds"] / rows[BASELINE]["giga_multiply_adds"]
+            row["memory_ratio"] = row["peak_memory_mib"] / rows[BASELINE]["peak_memory_mib"]
+            write_result(path.stem, result | {"environment": environment(device)})
+        row = rows[name]
         figures = f"{row['time_ratio']:>7.2f}{row['memory_ratio']:>8.2f}{row['multiply_adds_ratio']:>15.2f}"
-        print(f"{name:18}{row['encoder']:18}{figures}")
-    if not args.no_write:
-        result = {"environment": environment(device), "batch": args.batch, "rounds": args.rounds, "methods": rows}
-        print("wrote", write_result(f"cost_{device.type}", result))
+        print(f"{name:18}{row['encoder']:18}{figures}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 import hf_masked
 from hf_masked.modeling.registry import CATALOGUE
 
@@ -61,3 +63,11 @@ def test_recipes_can_be_read_and_built(variant, tmp_path, monkeypatch):
         with torch.device("meta"):
             model = variant.pretraining(variant.config(**method.model))
         make_processor(variant, model, method)
+
+
+def test_cost_is_measured_with_the_papers_recipe(variant):
+    from benchmarks.cost import paper_recipes
+
+    if variant.config.modality != "image":
+        pytest.skip("The benchmark has pictures only.")
+    assert variant.name in paper_recipes()
