@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification, ViTConfig
+from transformers import AutoModelForImageClassification
 from transformers import initialization as init
 from transformers.utils.output_capturing import capture_outputs
 
@@ -22,7 +22,7 @@ from hf_masked.modeling.masked_image.mae import (
 )
 from hf_masked.modeling.masked_image.mae import convert_official_weights as convert_mae_weights
 from hf_masked.modeling.outputs import PreTrainingOutput
-from hf_masked.modeling.parts.backbones import backbone_grid, num_prefix_tokens, visible_feature_maps
+from hf_masked.modeling.parts.backbones import backbone_grid, num_prefix_tokens, tiny_vit, visible_feature_maps
 from hf_masked.modeling.parts.decoders import MaskTokenDecoder
 from hf_masked.modeling.parts.heads import init_as_torch
 from hf_masked.modeling.parts.hog import (
@@ -418,17 +418,8 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: LocalM
 
 
 def tiny_config() -> LocalMIMConfig:
-    backbone_config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=64,
-        layer_norm_eps=1e-6,
-        image_size=32,
-        patch_size=8,
-    )
     return LocalMIMConfig(
-        backbone_config=backbone_config,
+        backbone_config=tiny_vit(num_hidden_layers=4),
         decoder_hidden_size=16,
         decoder_num_attention_heads=2,
         decoder_intermediate_size=32,

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedConfig, ViTConfig
+from transformers import AutoModelForImageClassification, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 from transformers.utils.output_capturing import capture_outputs
@@ -22,6 +22,7 @@ from hf_masked.modeling.parts.backbones import (
     encode_visible,
     init_vit_as_mae,
     num_prefix_tokens,
+    tiny_vit,
 )
 from hf_masked.modeling.parts.decoders import MaskTokenDecoder
 from hf_masked.modeling.parts.losses import masked_mean
@@ -354,17 +355,8 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: MAECon
 
 
 def tiny_config() -> MAEConfig:
-    backbone_config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        layer_norm_eps=1e-6,
-        image_size=32,
-        patch_size=8,
-    )
     return MAEConfig(
-        backbone_config=backbone_config,
+        backbone_config=tiny_vit(),
         decoder_hidden_size=16,
         decoder_num_hidden_layers=1,
         decoder_num_attention_heads=2,

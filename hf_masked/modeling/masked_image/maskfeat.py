@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import ViTConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.output_capturing import capture_outputs
@@ -20,6 +19,7 @@ from hf_masked.modeling.parts.backbones import (
     backbone_grid,
     encode_with_mask_tokens,
     num_prefix_tokens,
+    tiny_vit,
 )
 from hf_masked.modeling.parts.hog import cells_to_units, hog, hog_glyphs, units_to_cells
 from hf_masked.modeling.parts.losses import masked_mean
@@ -254,16 +254,7 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: MaskFe
 
 
 def tiny_config() -> MaskFeatConfig:
-    backbone_config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        layer_norm_eps=1e-6,
-        image_size=32,
-        patch_size=8,
-    )
-    return MaskFeatConfig(backbone_config=backbone_config, hog_cell_size=4)
+    return MaskFeatConfig(backbone_config=tiny_vit(), hog_cell_size=4)
 
 
 register_variant(

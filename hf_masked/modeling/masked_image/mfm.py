@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import ViTConfig
 from transformers import initialization as init
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.modeling_outputs import BaseModelOutput
@@ -22,6 +21,7 @@ from hf_masked.modeling.parts.backbones import (
     feature_map,
     last_scales_of_residual_blocks,
     output_stride,
+    tiny_vit,
 )
 from hf_masked.modeling.parts.beit import init_beit
 from hf_masked.modeling.parts.heads import PixelShuffleHead, init_as_torch
@@ -427,16 +427,7 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: MFMCon
 
 
 def tiny_config() -> MFMConfig:
-    backbone_config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        layer_norm_eps=1e-6,
-        image_size=32,
-        patch_size=8,
-    )
-    return MFMConfig(backbone_config=backbone_config, mask_radius=4.0)
+    return MFMConfig(backbone_config=tiny_vit(), mask_radius=4.0)
 
 
 def example_inputs(config: MFMConfig, batch: int) -> dict[str, torch.Tensor]:

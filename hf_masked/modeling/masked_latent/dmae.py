@@ -18,6 +18,7 @@ from hf_masked.modeling.outputs import MaskedPreTrainingOutput
 from hf_masked.modeling.parts.backbones import (
     check_visible_token_backbone,
     num_prefix_tokens,
+    tiny_vit,
     visible_feature_maps,
 )
 from hf_masked.modeling.parts.heads import init_as_torch
@@ -287,16 +288,11 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: DMAECo
 
 
 def tiny_config() -> DMAEConfig:
-    teacher_config = ViTConfig(
-        hidden_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=96,
-        layer_norm_eps=1e-6,
-        image_size=32,
-        patch_size=8,
+    return DMAEConfig(
+        teacher=None,
+        teacher_config=tiny_vit(hidden_size=48, num_hidden_layers=4, intermediate_size=96),
+        **_own_settings(mae.tiny_config()),
     )
-    return DMAEConfig(teacher=None, teacher_config=teacher_config, **_own_settings(mae.tiny_config()))
 
 
 def _own_settings(config: MAEConfig) -> dict:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, ViTConfig
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -112,6 +112,12 @@ def without_mask_token(backbone: PreTrainedModel) -> PreTrainedModel:
     if hasattr(backbone.config, "use_mask_token"):
         backbone.config.use_mask_token = False
     return backbone
+
+
+def tiny_vit(**settings) -> ViTConfig:
+    """A ViT of 4 x 4 patches that costs nothing: of the tiny configs of the catalogue."""
+    form = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return ViTConfig(**form | {"layer_norm_eps": 1e-6, "image_size": 32, "patch_size": 8} | settings)
 
 
 def num_prefix_tokens(backbone_config: PreTrainedConfig) -> int:
