@@ -75,7 +75,7 @@ _RENAMING = (
 
 def official_config(state_dict: dict[str, torch.Tensor]) -> ColorMAEConfig:
     """The config of an official checkpoint; raises as MAE's."""
-    return ColorMAEConfig(**_own_settings(mae.official_config(rename_weights(state_dict, _RENAMING))))
+    return ColorMAEConfig(**mae.settings_of(mae.official_config(rename_weights(state_dict, _RENAMING)), "mask_kind"))
 
 
 def convert_official_weights(state_dict: dict[str, torch.Tensor], config: ColorMAEConfig) -> dict[str, torch.Tensor]:
@@ -87,12 +87,7 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: ColorM
 
 
 def tiny_config() -> ColorMAEConfig:
-    return ColorMAEConfig(**_own_settings(mae.tiny_config()))
-
-
-def _own_settings(config: MAEConfig) -> dict:
-    """The settings of a config of MAE, without its mask."""
-    return {name: value for name, value in config.to_diff_dict().items() if name not in ("model_type", "mask_kind")}
+    return ColorMAEConfig(**mae.settings_of(mae.tiny_config(), "mask_kind"))
 
 
 register_variant(

@@ -358,15 +358,7 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> HPMConfig:
 
 
 def tiny_config() -> HPMConfig:
-    config = mae.tiny_config()
-    return HPMConfig(
-        backbone_config=config.backbone_config,
-        decoder_hidden_size=config.decoder_hidden_size,
-        decoder_num_hidden_layers=config.decoder_num_hidden_layers,
-        decoder_num_attention_heads=config.decoder_num_attention_heads,
-        decoder_intermediate_size=config.decoder_intermediate_size,
-        predictor_num_hidden_layers=1,
-    )
+    return HPMConfig(**mae.settings_of(mae.tiny_config(), "norm_pix_loss"), predictor_num_hidden_layers=1)
 
 
 register_variant(

@@ -76,6 +76,12 @@ class MAEConfig(MaskedPatchesConfig):
         return cls(backbone_config=backbone_config, **{"fixed_positions": False, **arguments})
 
 
+def settings_of(config: MAEConfig, *without: str) -> dict:
+    """The settings of a config of MAE, for the config of a method that builds on it, less those named."""
+    left_out = {"model_type", *without}
+    return {name: value for name, value in config.to_diff_dict().items() if name not in left_out}
+
+
 def check_decoder_and_pooling(config: PreTrainedConfig) -> None:
     """Raises a ValueError for a decoder whose heads do not divide it, or an unknown pooling of the classifier."""
     if config.decoder_hidden_size % config.decoder_num_attention_heads:

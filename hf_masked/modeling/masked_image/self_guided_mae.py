@@ -477,14 +477,7 @@ def relevance_mask(
 
 
 def tiny_config() -> SelfGuidedMAEConfig:
-    config = mae.tiny_config()
-    return SelfGuidedMAEConfig(
-        backbone_config=config.backbone_config,
-        decoder_hidden_size=config.decoder_hidden_size,
-        decoder_num_hidden_layers=config.decoder_num_hidden_layers,
-        decoder_num_attention_heads=config.decoder_num_attention_heads,
-        decoder_intermediate_size=config.decoder_intermediate_size,
-    )
+    return SelfGuidedMAEConfig(**mae.settings_of(mae.tiny_config()))
 
 
 register_variant(

@@ -274,7 +274,7 @@ _RENAMING = (
 
 def official_config(state_dict: dict[str, torch.Tensor]) -> DMAEConfig:
     """The config of an official checkpoint, distilled from MAE's ViT-L; raises as MAE's."""
-    return DMAEConfig(**_own_settings(mae.official_config(state_dict)))
+    return DMAEConfig(**mae.settings_of(mae.official_config(state_dict), "norm_pix_loss"))
 
 
 def convert_official_weights(state_dict: dict[str, torch.Tensor], config: DMAEConfig) -> dict[str, torch.Tensor]:
@@ -291,15 +291,8 @@ def tiny_config() -> DMAEConfig:
     return DMAEConfig(
         teacher=None,
         teacher_config=tiny_vit(hidden_size=48, num_hidden_layers=4, intermediate_size=96),
-        **_own_settings(mae.tiny_config()),
+        **mae.settings_of(mae.tiny_config(), "norm_pix_loss"),
     )
-
-
-def _own_settings(config: MAEConfig) -> dict:
-    """The settings of a config of MAE, without its target."""
-    return {
-        name: value for name, value in config.to_diff_dict().items() if name not in ("model_type", "norm_pix_loss")
-    }
 
 
 register_variant(
