@@ -40,7 +40,11 @@ def _mix(value: torch.Tensor) -> torch.Tensor:
 
 
 def sample_keys(
-    seed: int, epoch: int | torch.Tensor, indices: torch.Tensor | Sequence[int], view: int = 0, purpose: int = 0
+    seed: int,
+    epoch: int | torch.Tensor,
+    indices: torch.Tensor | Sequence[int],
+    view: int | torch.Tensor = 0,
+    purpose: int = 0,
 ) -> torch.Tensor:
     """Keys of samples.
 
@@ -48,11 +52,11 @@ def sample_keys(
         seed: the run's seed.
         epoch: the pass over the data, from 0; or int64 (batch,), one for each sample.
         indices: (batch,) the samples' positions in the data set.
-        view: which view of the sample, from 0.
+        view: which view of the sample, from 0; or int64 that broadcasts with the rest, for several at once.
         purpose: separates draws made at different places (a crop in a worker, a mask on the device).
 
     Returns:
-        int64 (batch,), on the device of `indices`.
+        int64 (batch,), or what the arguments broadcast to, on the device of `indices`.
     """
     keys = torch.as_tensor(indices, dtype=torch.int64)
     for number in (seed, epoch, view, purpose):

@@ -51,16 +51,24 @@ class MultiViewImageProcessor(PretrainingImageProcessor):
         self, indices: torch.Tensor | Sequence[int], seed: int, epochs: int | torch.Tensor, purpose: int
     ) -> torch.Tensor:
         """int64 (batch, views) keys of the samples `indices`, see `sample_keys`."""
-        views = [sample_keys(seed, epochs, indices, view, purpose) for view in range(self.num_views)]
-        return torch.stack(views, dim=1)
+        indices = torch.as_tensor(indices, dtype=torch.int64)[:, None]
+        epochs = epochs.unsqueeze(-1) if isinstance(epochs, torch.Tensor) else epochs
+        return sample_keys(seed, epochs, indices, torch.arange(self.num_views, device=indices.device), purpose)
 
     def prepare(self, images: list, keys: torch.Tensor | None = None) -> torch.Tensor:
         """See `PretrainingImageProcessor.prepare`; with keys, uint8 (batch, views, channels, height, width)."""
-        return _for_each_view(super().prepare, images, keys)
+        if keys is None:
+            return super().prepare(images)
+        prepare = super().prepare
+        return torch.stack([prepare(images, view_keys) for view_keys in keys.unbind(dim=1)], dim=1)
 
     def prepare_resident(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """See `PretrainingImageProcessor.prepare_resident`; with keys there are views."""
-        return _for_each_view(super().prepare_resident, images, keys)
+        if keys is None:
+            return super().prepare_resident(images)
+        # All views in one pass: with small pictures the number of operations is what takes the time.
+        views = super().prepare_resident(images.repeat_interleave(self.num_views, dim=0), keys.flatten())
+        return views.unflatten(0, keys.shape)
 
     def picture_inputs(self, pixels: torch.Tensor) -> torch.Tensor:
         """Views of the prepared pictures (batch, channels, height, width), the same at each call."""
@@ -72,12 +80,6 @@ class MultiViewImageProcessor(PretrainingImageProcessor):
         settings = self.photometric if isinstance(self.photometric, list) else [self.photometric] * self.num_views
         views = zip(pixels.unbind(dim=1), keys.to(pixels.device).unbind(dim=1), settings, strict=True)
         return torch.stack([self._flip_and_change(*view) for view in views], dim=1)
-
-
-def _for_each_view(prepare, images, keys: torch.Tensor | None) -> torch.Tensor:
-    if keys is None:
-        return prepare(images)
-    return torch.stack([prepare(images, view_keys) for view_keys in keys.unbind(dim=1)], dim=1)
 
 
 def _checked(photometric: dict | None) -> dict | None:
