@@ -221,9 +221,11 @@ def finetune(
 @app.command()
 def visualize(
     checkpoint: Checkpoint,
-    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Pictures, or folders of them; those of a pair one after the other.")
+    ],
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("visualization.png"),
-    rows: Annotated[int, typer.Option(help="Pictures drawn at most.")] = 8,
+    rows: Annotated[int, typer.Option(help="Pictures, or pairs, drawn at most.")] = 8,
 ) -> None:
     """Draws what a method masks and what it predicts, or the views that it compares."""
     from transformers import AutoImageProcessor, AutoModelForPreTraining
@@ -234,16 +236,19 @@ def visualize(
 
     model = AutoModelForPreTraining.from_pretrained(checkpoint).eval()
     processor = AutoImageProcessor.from_pretrained(checkpoint)
+    pictures_per_sample = 1 if model.config.sample == "picture" else processor.num_views
     pictures = []
     for path in _image_files(images):
         try:
             pictures.append(open_image(str(path), str(path)))
         except BadImageError as error:
             typer.echo(f"left out: {error}", err=True)
-        if len(pictures) == rows:
+        if len(pictures) == rows * pictures_per_sample:
             break
     if not pictures:
         raise ValueError(f"There is no readable picture in {', '.join(map(str, images))}.")
+    if model.config.sample != "picture":
+        pictures = _in_samples(pictures, pictures_per_sample)
     panels = model.pictures(processor.picture_inputs(processor.prepare(pictures)))
     output.parent.mkdir(parents=True, exist_ok=True)
     picture_grid({name: processor.denormalize(panel) for name, panel in panels.items()}, rows).save(output)
@@ -294,6 +299,13 @@ def push(
     complete_folder(folder, repo_id)
     commit = push_folder(folder, repo_id, private=private or None, revision=revision, commit_message=message)
     typer.echo(f"Pushed {folder}: {commit.commit_url}")
+
+
+def _in_samples(pictures: list, size: int) -> list[list]:
+    """Pictures in turn as samples of so many; what is left over is left out."""
+    if len(pictures) < size:
+        raise ValueError(f"A sample of this method has {size} pictures, and there are {len(pictures)} readable ones.")
+    return [pictures[start : start + size] for start in range(0, len(pictures) - size + 1, size)]
 
 
 def _labelled(dataset_name, settings, splits, image_column, label_column, limit, seed):

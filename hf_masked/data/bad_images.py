@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hf_masked.data.sets import PictureSets
 from hf_masked.data.sources import Content, ImageSource
 from hf_masked.processing.decoding import BadImageError, Shrink, open_image, to_channels, to_uint8_tensor
 
@@ -41,6 +42,20 @@ class Pictures:
                 return image, candidate
             self._check(n)
         raise ValueError(too_many_bad(self.bad.values(), len(self.bad), n))
+
+    def good_set(
+        self, index: int, sets: PictureSets, seed: int, epoch: int
+    ) -> tuple[list[Image.Image | torch.Tensor], int]:
+        """The pictures of a set, or of the next set that has good ones only, converted but not cropped, and its
+        index: a picture of its own would not belong to the others."""
+        n = len(sets)
+        for candidate in (number % n for number in range(index, index + n)):
+            numbers = sets.pictures(torch.tensor([candidate]), seed, epoch)[0].tolist()
+            images = [self._good_or_none(number) for number in numbers]
+            if all(image is not None for image in images):
+                return images, candidate
+            self._check(len(self.source))
+        raise ValueError(too_many_bad(self.bad.values(), len(self.bad), len(self.source)))
 
     def name(self, index: int) -> str:
         """The source's name for a picture, for messages."""

@@ -46,8 +46,14 @@ def write_cache(
         For each split how many pictures were written, and how many were bad and left out.
 
     Raises:
-        ValueError: if the folder exists, or too many pictures are bad.
+        ValueError: if the folder exists, too many pictures are bad, or several of them belong together.
     """
+    for source in sources.values():
+        if source.pictures_per_row > 1:
+            raise ValueError(
+                f"{source.name} has {source.pictures_per_row} pictures in a row; a cache holds single pictures: train "
+                "on the data set itself."
+            )
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists: remove it, or choose another folder for the cache.")

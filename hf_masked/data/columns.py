@@ -31,6 +31,13 @@ def find_image_column(features, image_column: str | None = None) -> str:
     return candidates[0]
 
 
+def find_image_columns(features, image_column: str | None = None) -> list[str]:
+    """Like `find_image_column`; names with commas between them are several columns."""
+    if image_column is None or image_column in features:
+        return [find_image_column(features, image_column)]
+    return [find_image_column(features, name.strip()) for name in image_column.split(",")]
+
+
 def find_label_column(features, label_column: str | None = None) -> str | None:
     """The column of labels: the given one, else a ClassLabel, else one with a usual name; None if there is none.
 

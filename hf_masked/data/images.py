@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 
 from hf_masked.data.bad_images import MIN_SEEN, Pictures, decode_picture, too_many_bad
+from hf_masked.data.sets import PictureSets
 from hf_masked.data.sources import ImageSource, StreamingImageSource, check_channels
 from hf_masked.processing.decoding import BadImageError
 from hf_masked.randomness import sample_keys
@@ -24,72 +25,17 @@ ORDER = -1
 CHUNK = 32
 
 
-class ImageDataset(Dataset):
-    """Pictures decoded when they are asked for, for `DataLoader(..., sampler=KeyedSampler(...),
-    collate_fn=collate_images)`.
-
-    A bad picture is replaced by the next good one (index + 1, + 2, ...), cropped by that one's own key.
+class KeyedImageDataset(Dataset):
+    """What the data sets share whose samples are asked for as (epoch, index).
 
     Args:
         source: the pictures.
-        processor: its `prepare_training` and `prepare` make pictures into uint8 of one size.
+        processor: its `prepare_training`, `prepare` and `prepare_resident` make pictures into uint8 of one size.
         seed: the run's seed.
         training: random crops, instead of the central one.
         max_bad_share: more bad pictures than this share of the source end the run.
-    """
-
-    def __init__(
-        self, source: ImageSource, processor, seed: int = 0, training: bool = True, max_bad_share: float = 0.1
-    ):
-        self.processor = processor
-        self.seed = seed
-        self.training = training
-        self._pictures = Pictures(source, processor, max_bad_share)
-        self._labels = source.labels()
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def name(self, index: int) -> str:
-        """What the source calls a picture."""
-        return self._pictures.name(index)
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
-        """A batch.
-
-        Args:
-            keys: (epoch, index) of each sample.
-
-        Returns:
-            pixels: uint8 (batch, channels, height, width).
-            indices: int64 (batch,), of the pictures that were used.
-            epoch: int64 (), of the first sample.
-            labels: int64 (batch,), if the source has labels.
-            bad: names and faults of the pictures that were asked for and are bad.
-
-        Raises:
-            ValueError: if more than `max_bad_share` of the pictures turn out bad.
-        """
-        epochs, asked = zip(*keys, strict=True)
-        images, used = zip(*map(self._pictures.good_one, asked), strict=True)
-        indices = torch.tensor(used)
-        if self.training:
-            pixels = self.processor.prepare_training(list(images), indices, self.seed, torch.tensor(epochs))
-        else:
-            pixels = self.processor.prepare(list(images))
-        return _batch(pixels, indices, epochs, self._labels, self._pictures.faults(asked))
-
-
-class ResidentImageDataset(Dataset):
-    """Pictures of one size, all on the device as uint8 from the start: for small sets. Takes no workers and no pinned
-    memory.
-
-    Args:
-        source, processor, seed, training, max_bad_share: see `ImageDataset`.
-        device: where the pictures stay and are cropped.
-
-    Raises:
-        ValueError: for pictures of several sizes, or too many bad ones.
+        sets: which pictures make a sample, where it is more than one; `pixels` and `labels` then have the pictures of
+            a set outermost after the batch, and an index is that of a set.
     """
 
     def __init__(
@@ -98,37 +44,117 @@ class ResidentImageDataset(Dataset):
         processor,
         seed: int = 0,
         training: bool = True,
-        device: torch.device | str = "cpu",
         max_bad_share: float = 0.1,
+        sets: PictureSets | None = None,
     ):
         self.processor = processor
         self.seed = seed
         self.training = training
-        self._labels = source.labels()
+        self.sets = sets
         self._pictures = Pictures(source, processor, max_bad_share)
+        self._labels = source.labels()
+
+    def __len__(self) -> int:
+        return len(self._pictures if self.sets is None else self.sets)
+
+    def name(self, index: int, epoch: int = 0) -> str:
+        """What the source calls the picture or pictures of a sample."""
+        numbers = self._numbers(torch.tensor([index]), epoch).flatten().tolist()
+        return ", ".join(self._pictures.name(number) for number in numbers)
+
+    def _numbers(self, indices: torch.Tensor, epochs: int | torch.Tensor) -> torch.Tensor:
+        """The numbers of the samples' pictures, int64 (batch,) or (batch, pictures)."""
+        return indices if self.sets is None else self.sets.pictures(indices, self.seed, epochs)
+
+    def _batch(self, pixels, indices, epochs, asked) -> dict:
+        bad = self._pictures.faults(self._numbers(torch.tensor(asked), torch.tensor(epochs)).flatten().tolist())
+        batch = {"pixels": pixels, "indices": indices, "epoch": torch.tensor(epochs[0]), "bad": bad}
+        if self._labels is not None:
+            batch["labels"] = self._labels[self._numbers(indices, torch.tensor(epochs))]
+        return batch
+
+
+class ImageDataset(KeyedImageDataset):
+    """Pictures decoded when they are asked for, for `DataLoader(..., sampler=KeyedSampler(...),
+    collate_fn=collate_images)`.
+
+    A bad picture is replaced by the next good one (index + 1, + 2, ...), cropped by that one's own key; a set with a
+    bad picture by the next good set.
+
+    Args:
+        See `KeyedImageDataset`.
+    """
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
+        """A batch.
+
+        Args:
+            keys: (epoch, index) of each sample.
+
+        Returns:
+            pixels: uint8 (batch, channels, height, width); (batch, pictures, ...) for sets, and for views.
+            indices: int64 (batch,), of the samples that were used.
+            epoch: int64 (), of the first sample.
+            labels: int64 (batch,), for sets (batch, pictures), if the source has labels.
+            bad: names and faults of the pictures that were asked for and are bad.
+
+        Raises:
+            ValueError: if more than `max_bad_share` of the pictures turn out bad.
+        """
+        epochs, asked = zip(*keys, strict=True)
+        images, used = zip(*(self._good_sample(index, epoch) for epoch, index in keys), strict=True)
+        indices = torch.tensor(used)
+        if self.training:
+            pixels = self.processor.prepare_training(list(images), indices, self.seed, torch.tensor(epochs))
+        else:
+            pixels = self.processor.prepare(list(images))
+        return self._batch(pixels, indices, epochs, asked)
+
+    def _good_sample(self, index: int, epoch: int):
+        if self.sets is None:
+            return self._pictures.good_one(index)
+        return self._pictures.good_set(index, self.sets, self.seed, epoch)
+
+
+class ResidentImageDataset(KeyedImageDataset):
+    """Pictures of one size, all on the device as uint8 from the start: for small sets. Takes no workers and no pinned
+    memory.
+
+    Args:
+        device: where the pictures stay and are cropped.
+        kwargs: see `KeyedImageDataset`.
+
+    Raises:
+        ValueError: for pictures of several sizes, or too many bad ones; with `sets` for any bad one, which would leave
+            others without their company.
+    """
+
+    def __init__(self, source: ImageSource, processor, *args, device: torch.device | str = "cpu", **kwargs):
+        super().__init__(source, processor, *args, **kwargs)
         images = source.as_tensor()
         self._used = torch.arange(len(source))
         if images is None:
             images, self._used = self._pictures.decode_all()
+        if self.sets is not None and self._pictures.bad:
+            raise ValueError(
+                f"{len(self._pictures.bad)} pictures of {source.name} are bad, for example "
+                f"{next(iter(self._pictures.bad.values()))}: remove the samples that they belong to, or read the set "
+                "with --resident_data false, which leaves them out."
+            )
         self._images = check_channels(images, processor.num_channels, source.name).to(device)
-
-    def __len__(self) -> int:
-        return len(self._used)
-
-    def name(self, index: int) -> str:
-        """What the source calls a picture."""
-        return self._pictures.name(index)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         """See `ImageDataset.__getitems__`; `pixels` are on the device, the rest on the CPU."""
         epochs, asked = zip(*keys, strict=True)
-        indices = self._used[torch.tensor(asked)]
-        images = self._images[indices.to(self._images.device)].expand(-1, self.processor.num_channels, -1, -1)
+        indices = torch.tensor(asked) if self.sets is not None else self._used[torch.tensor(asked)]
+        numbers = self._numbers(indices, torch.tensor(epochs)).to(self._images.device)
+        channels = self.processor.num_channels
+        images = self._images[numbers].expand(*numbers.shape, channels, -1, -1)
         if self.training:
             pixels = self.processor.prepare_training(images, indices, self.seed, torch.tensor(epochs))
         else:
             pixels = self.processor.prepare_resident(images)
-        return _batch(pixels, indices, epochs, self._labels, self._pictures.faults(asked))
+        return self._batch(pixels, indices, epochs, asked)
 
 
 @dataclass
@@ -293,8 +319,3 @@ def collate_images(batch: dict | list[dict]) -> dict:
     bad = [name for sample in batch for name in sample["bad"]]
     stacked = default_collate([{key: value for key, value in sample.items() if key != "bad"} for sample in batch])
     return {**stacked, "epoch": stacked["epoch"][0], "bad": bad}
-
-
-def _batch(pixels, indices, epochs, labels, bad) -> dict:
-    batch = {"pixels": pixels, "indices": indices, "epoch": torch.tensor(epochs[0]), "bad": bad}
-    return batch if labels is None else {**batch, "labels": labels[indices]}

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from hf_masked.data import small_sets
-from hf_masked.data.columns import find_image_column, find_label_column, read_cell
+from hf_masked.data.columns import find_image_column, find_image_columns, find_label_column, read_cell
 from hf_masked.data.folders import SPLIT_FOLDERS, files_below, has_splits, image_suffixes
 from hf_masked.processing.decoding import BadImageError
 
@@ -34,10 +34,12 @@ class ImageSource:
     Attributes:
         name: what it turned out to be.
         class_names: the classes' names, or None.
+        pictures_per_row: how many pictures in turn belong together, the row of a table.
     """
 
     name: str
     class_names: list[str] | None = None
+    pictures_per_row: int = 1
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -165,23 +167,28 @@ class TableSource(ImageSource):
     Args:
         dataset: the rows.
         name: what they are.
-        image_column, label_column: see `load_images`.
+        image_column, label_column: see `load_images`. The pictures of several columns are counted row by row.
     """
 
     def __init__(self, dataset, name: str, image_column: str | None = None, label_column: str | None = None):
-        image_column = find_image_column(dataset.features, image_column)
+        self._columns = find_image_columns(dataset.features, image_column)
         label_column = find_label_column(dataset.features, label_column)
         self.name = name
-        self._cells = _undecoded(dataset, image_column).select_columns([image_column]).with_format("arrow")
+        self.pictures_per_row = len(self._columns)
+        self._cells = _undecoded(dataset, self._columns).select_columns(self._columns).with_format("arrow")
         self._labels = None
         if label_column is not None:
-            self._labels, self.class_names = _class_indices(dataset, label_column)
+            labels, self.class_names = _class_indices(dataset, label_column)
+            self._labels = labels.repeat_interleave(self.pictures_per_row)
 
     def __len__(self) -> int:
-        return len(self._cells)
+        return len(self._cells) * self.pictures_per_row
 
     def picture(self, index: int) -> tuple[Content, str]:
-        return read_cell(self._cells[index].column(0)[0], f"row {index} of {self.name}")
+        row, place = divmod(index, self.pictures_per_row)
+        column = self._columns[place]
+        where = f"{column} in row {row}" if self.pictures_per_row > 1 else f"row {row}"
+        return read_cell(self._cells[row].column(column)[0], f"{where} of {self.name}")
 
     def labels(self) -> torch.Tensor | None:
         return self._labels
@@ -214,7 +221,7 @@ class StreamingImageSource:
                 )
             self._label_column = None
         columns = [self._image_column] + [self._label_column] * (self._label_column is not None)
-        self._rows = _undecoded(stream, self._image_column).select_columns(columns).with_format("arrow")
+        self._rows = _undecoded(stream, [self._image_column]).select_columns(columns).with_format("arrow")
 
     def samples(
         self,
@@ -283,7 +290,8 @@ def load_images(
         split: "train", "test", ...; for all but the small sets also a slice such as "train[:10%]".
         config_name: the configuration, where a data set on the Hub has several.
         image_column: the column of pictures: encoded, or uint8 arrays with any number of channels. By default the one
-            that is declared as images, else the only one that could hold pictures.
+            that is declared as images, else the only one that could hold pictures. Several, "left,right", where a row
+            holds pictures that belong together; they are not streamed.
         label_column: the column of labels, integers or strings. By default the declared classes, else a column with a
             usual name, else none.
         streaming: read the rows in passing, without a local copy.
@@ -405,11 +413,12 @@ def _locate_in_folder(folder: Path) -> tuple[str, dict]:
     return "imagefolder", {"data_dir": str(folder)} | ({} if has_splits(folder) else {"data_files": {"train": "**"}})
 
 
-def _undecoded(rows, image_column: str):
+def _undecoded(rows, image_columns: list[str]):
     from datasets import Image
 
-    if isinstance(rows.features[image_column], Image):
-        return rows.cast_column(image_column, Image(decode=False))
+    for column in image_columns:
+        if isinstance(rows.features[column], Image):
+            rows = rows.cast_column(column, Image(decode=False))
     return rows
 
 

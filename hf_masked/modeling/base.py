@@ -28,6 +28,8 @@ class VariantConfig(PreTrainedConfig):
     predicts: ClassVar[str]
     backbones: ClassVar[tuple[str, ...]]
     processor: ClassVar[str] = "MaskedImageProcessor"
+    # What the method learns from: single pictures, or sets of them (a name in `hf_masked.data.sets.SAMPLES`).
+    sample: ClassVar[str] = "picture"
     sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
 
     backbone_config: dict | PreTrainedConfig | None = None

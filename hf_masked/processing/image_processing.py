@@ -99,10 +99,7 @@ class PretrainingImageProcessor(BaseImageProcessor):
             uint8 (batch, channels, height, width) on the CPU.
         """
         images = [to_channels(image, self.num_channels) for image in images]
-        sizes = [
-            (image.height, image.width) if isinstance(image, Image.Image) else image.shape[-2:] for image in images
-        ]
-        heights, widths = torch.tensor(sizes).unbind(dim=1)
+        heights, widths = torch.tensor([_height_and_width(image) for image in images]).unbind(dim=1)
         boxes = self._boxes(heights, widths, keys)
         pixels = torch.empty((len(images), self.num_channels, *self._target_size), dtype=torch.uint8)
         for crop, image, box in zip(pixels, images, boxes.tolist(), strict=True):
@@ -165,6 +162,7 @@ class PretrainingImageProcessor(BaseImageProcessor):
         images,
         training: bool = False,
         seed: int | None = None,
+        return_boxes: bool = False,
         return_tensors: str | None = "pt",
         **kwargs,
     ) -> BatchFeature:
@@ -175,10 +173,13 @@ class PretrainingImageProcessor(BaseImageProcessor):
             training: random crops and augmentation, instead of the central crop.
             seed: makes everything that is drawn a function of this number and the picture's place in the list; by
                 default torch's generator picks it.
+            return_boxes: also say what part of its picture each view shows.
             return_tensors: "pt", or "np".
 
         Returns:
-            What `finish` returns.
+            What `finish` returns, and where asked for:
+            boxes: int64 (batch, 4), with views (batch, views, 4): top, left, height, width in pixels of the picture.
+            flipped: bool (batch,) or (batch, views): mirrored, left to right, after the crop.
         """
         if kwargs:
             raise TypeError(f"{type(self).__name__} does not know {', '.join(sorted(kwargs))}: set it when making it.")
@@ -187,7 +188,28 @@ class PretrainingImageProcessor(BaseImageProcessor):
         indices = range(len(images))
         pixels = self.prepare_training(images, indices, seed, 0) if training else self.prepare(images)
         inputs = self.finish(pixels, **self._finish_keys(indices, seed, 0, training))
+        if return_boxes:
+            inputs |= self._geometry(images, indices, seed, training)
         return BatchFeature(inputs, tensor_type=return_tensors)
+
+    def _geometry(self, images: list, indices, seed: int, training: bool) -> dict[str, torch.Tensor]:
+        """Box and flip of each view that `preprocess` makes of `images`."""
+        sizes = torch.tensor(self._sizes(images))  # (batch, 2), of sets (batch, pictures, 2)
+        if not training:
+            boxes = self._boxes(*sizes.flatten(0, -2).unbind(dim=1), None).unflatten(0, sizes.shape[:-1])
+            return {"boxes": boxes, "flipped": torch.zeros(boxes.shape[:-1], dtype=torch.bool)}
+        keys = self.keys_for(indices, seed, 0, CROP)
+        if sizes.ndim == keys.ndim:  # several views of one picture
+            sizes = sizes[:, None].expand(*keys.shape, 2)
+        boxes = self._boxes(*sizes.flatten(0, -2).unbind(dim=1), keys.flatten()).unflatten(0, keys.shape)
+        flips = keyed_draw(self.keys_for(indices, seed, 0, AUGMENT).flatten())(1)[:, 0] < self.flip_probability
+        return {"boxes": boxes, "flipped": flips.unflatten(0, keys.shape)}
+
+    def _sizes(self, images) -> list | tuple[int, int]:
+        """(height, width) of each picture, nested as the pictures are."""
+        if isinstance(images, list | tuple):
+            return [self._sizes(image) for image in images]
+        return _height_and_width(to_channels(images, self.num_channels))
 
     def denormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised values back to [0, 1]: float (..., channels, height, width)."""
@@ -337,6 +359,10 @@ class MaskedImageProcessor(PretrainingImageProcessor):
         # Masks are drawn without training too.
         mask_keys = self.keys_for(indices, seed, epochs, MASK)
         return super()._finish_keys(indices, seed, epochs, training) | {"mask_keys": mask_keys}
+
+
+def _height_and_width(image: Image.Image | torch.Tensor) -> tuple[int, int]:
+    return (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
 
 
 def _size(size) -> dict[str, int]:

@@ -10,14 +10,16 @@ from hf_masked.randomness import sample_keys
 
 
 class MultiViewImageProcessor(PretrainingImageProcessor):
-    """Makes independent random views of each picture: crop, flip, photometric changes, each view with its own draws.
+    """Makes the views of a sample: crop, flip, photometric changes, each view with its own draws.
 
-    Keys are int64 (batch, views) here, and what is made with keys has the views outermost after the batch: uint8 or
-    float32 (batch, views, channels, height, width). Without keys, as for the encoder alone, it is one view as of any
-    other processor, the centre of the picture: (batch, channels, height, width).
+    A sample of one picture gives `num_views` independent random views of it; a sample of as many pictures (a pair, a
+    triplet) gives one view of each. Keys are int64 (batch, views) here, and what is made with keys has the views
+    outermost after the batch: uint8 or float32 (batch, views, channels, height, width). Without keys, as for the
+    encoder alone, single pictures come out as of any other processor, the centre of each: (batch, channels, height,
+    width); sets of pictures keep their axis.
 
     Args:
-        num_views: views per picture.
+        num_views: views per picture, or pictures per sample.
         photometric: settings of `Photometric` for all views, or a list of one per view, or None; MoCo v2's by default.
         kwargs: of `PretrainingImageProcessor`.
     """
@@ -56,14 +58,23 @@ class MultiViewImageProcessor(PretrainingImageProcessor):
         return sample_keys(seed, epochs, indices, torch.arange(self.num_views, device=indices.device), purpose)
 
     def prepare(self, images: list, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """See `PretrainingImageProcessor.prepare`; with keys, uint8 (batch, views, channels, height, width)."""
+        """See `PretrainingImageProcessor.prepare`; a sample may also be a list of pictures. With keys, uint8 (batch,
+        views, channels, height, width)."""
+        if images and isinstance(images[0], list | tuple):
+            self._check_pictures({len(sample) for sample in images})
+            pictures = super().prepare([image for sample in images for image in sample], _flattened(keys))
+            return pictures.unflatten(0, (len(images), self.num_views))
         if keys is None:
             return super().prepare(images)
         prepare = super().prepare
         return torch.stack([prepare(images, view_keys) for view_keys in keys.unbind(dim=1)], dim=1)
 
     def prepare_resident(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """See `PretrainingImageProcessor.prepare_resident`; with keys there are views."""
+        """See `PretrainingImageProcessor.prepare_resident`; sets are (batch, pictures, channels, height, width). With
+        keys there are views."""
+        if images.ndim == 5:
+            self._check_pictures({images.shape[1]})
+            return super().prepare_resident(images.flatten(0, 1), _flattened(keys)).unflatten(0, images.shape[:2])
         if keys is None:
             return super().prepare_resident(images)
         # All views in one pass: with small pictures the number of operations is what takes the time.
@@ -71,15 +82,34 @@ class MultiViewImageProcessor(PretrainingImageProcessor):
         return views.unflatten(0, keys.shape)
 
     def picture_inputs(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Views of the prepared pictures (batch, channels, height, width), the same at each call."""
+        """Views of the prepared pictures (batch, channels, height, width), the same at each call; or the prepared sets
+        (batch, pictures, channels, height, width), normalised."""
+        if pixels.ndim == 5:
+            return self.finish(pixels)["pixel_values"]
         indices = range(len(pixels))
         views = self.prepare_resident(pixels, self.keys_for(indices, 0, 0, CROP))
         return self.finish(views, self.keys_for(indices, 0, 0, AUGMENT))["pixel_values"]
+
+    def _listed(self, images) -> list:
+        if isinstance(images, list | tuple) and images and isinstance(images[0], list | tuple):
+            return [super(MultiViewImageProcessor, self)._listed(list(sample)) for sample in images]
+        return super()._listed(images)
+
+    def _check_pictures(self, found: set[int]) -> None:
+        if found != {self.num_views}:
+            raise ValueError(
+                f"Samples have {', '.join(map(str, sorted(found)))} pictures and num_views is {self.num_views}: each "
+                "picture of a sample gives one view."
+            )
 
     def _augment(self, pixels, keys):
         settings = self.photometric if isinstance(self.photometric, list) else [self.photometric] * self.num_views
         views = zip(pixels.unbind(dim=1), keys.to(pixels.device).unbind(dim=1), settings, strict=True)
         return torch.stack([self._flip_and_change(*view) for view in views], dim=1)
+
+
+def _flattened(keys: torch.Tensor | None) -> torch.Tensor | None:
+    return None if keys is None else keys.flatten()
 
 
 def _checked(photometric: dict | None) -> dict | None:

@@ -18,6 +18,7 @@ from hf_masked.data import (
     labelled_tensors,
     load_images,
 )
+from hf_masked.data.sets import make_sets
 from hf_masked.modeling.registry import Variant, get_variant
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import OnlineProbeCallback, PictureCallback
@@ -74,7 +75,7 @@ def train(method: MethodArguments, data: DataArguments, args: PreTrainingArgumen
         model=model,
         args=args,
         processing_class=processor,
-        train_dataset=make_dataset(source, processor, args, data.streaming),
+        train_dataset=make_dataset(source, processor, args, data.streaming, variant.config.sample),
         facts=describe_source(method, data, args, source.name),
     )
     check_launch(trainer.accelerator)
@@ -132,14 +133,27 @@ def open_source(data: DataArguments, split: str, streaming: bool = False):
     )
 
 
-def make_dataset(source, processor, args: PreTrainingArguments, streaming: bool):
-    """The training set: resident on the device where that is asked for or natural, else read by workers."""
+def make_dataset(source, processor, args: PreTrainingArguments, streaming: bool, sample: str = "picture"):
+    """The training set: resident on the device where that is asked for or natural, else read by workers.
+
+    Args:
+        sample: what the method learns from, see `VariantConfig.sample`.
+
+    Raises:
+        ValueError: where the source cannot give such samples.
+    """
+    if streaming and sample != "picture":
+        raise ValueError(
+            f"This method learns from samples of several pictures ({sample}), which cannot be streamed: leave out "
+            "--streaming."
+        )
     if streaming:
         return StreamingImageDataset(source, processor, args.seed, rank=args.process_index, world_size=args.world_size)
+    settings = {"max_bad_share": args.max_bad_share, "sets": make_sets(sample, source)}
     resident = source.as_tensor() is not None if args.resident_data is None else args.resident_data
     if resident:
-        return ResidentImageDataset(source, processor, args.seed, device=args.device, max_bad_share=args.max_bad_share)
-    return ImageDataset(source, processor, args.seed, max_bad_share=args.max_bad_share)
+        return ResidentImageDataset(source, processor, args.seed, device=args.device, **settings)
+    return ImageDataset(source, processor, args.seed, **settings)
 
 
 def add_observers(trainer: PreTrainer, source, data: DataArguments) -> None:
@@ -151,7 +165,9 @@ def add_observers(trainer: PreTrainer, source, data: DataArguments) -> None:
         logger.warning("No online probe: %s", error)
         test_source = None
     if args.picture_every_epochs:
-        shown = ImageDataset(test_source or source, processor, training=False)
+        shown_source = test_source or source
+        sets = make_sets(trainer.model.config.sample, shown_source)
+        shown = ImageDataset(shown_source, processor, training=False, sets=sets)
         images = shown.__getitems__([(0, index) for index in range(min(PICTURES, len(shown)))])["pixels"]
         trainer.add_callback(PictureCallback(trainer, images, args.picture_every_epochs))
     if args.probe_every_epochs and test_source is not None and source.labels() is not None:

@@ -142,7 +142,7 @@ class NonFiniteGuard(TrainerCallback):
         found = {"step": batch["step"], "loss": str(batch["loss"].tolist())}
         if "indices" in batch:
             found |= {"epoch": int(batch["epoch"]), "indices": batch["indices"].tolist()}
-            found |= {"names": [name(index) for index in found["indices"]]} if name else {}
+            found |= {"names": [name(index, found["epoch"]) for index in found["indices"]]} if name else {}
         return found
 
 

@@ -62,7 +62,12 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split to train on; its labels are not used."})
     test_split: str = field(default="test", metadata={"help": "Labelled split that the online probe is scored on."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures, where it is unclear."})
+    image_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the pictures, where it is unclear; several, with commas between them, for pairs."
+        },
+    )
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, where it is unclear."})
     streaming: bool = field(
         default=False, metadata={"help": "Read the data set while training, without a copy; needs --max_steps."}

@@ -147,3 +147,71 @@ def test_pictures_are_shown_as_fixed_views():
 def test_impossible_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         MultiViewImageProcessor(**settings)
+
+
+def pictures(count: int) -> list[Image.Image]:
+    """Of several sizes, each pixel's value telling where it is: red its column, green its row."""
+    made = []
+    for number in range(count):
+        height, width = 40 + 3 * number, 60 - 5 * number
+        rows, columns = np.mgrid[:height, :width]
+        made.append(Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8)))
+    return made
+
+
+def replayed(picture: Image.Image, box, flipped, size: int) -> torch.Tensor:
+    top, left, height, width = box.tolist()
+    crop = picture.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 255
+    return pixels.flip(-1) if flipped else pixels
+
+
+def test_returned_boxes_replay_the_views():
+    processor = MultiViewImageProcessor(16, num_views=3, photometric=None, image_mean=0.0, image_std=1.0)
+    images = pictures(4)
+    made = processor(images, training=True, seed=3, return_boxes=True)
+    assert made["boxes"].shape == (4, 3, 4) and made["flipped"].shape == (4, 3)
+    assert made["flipped"].any() and not made["flipped"].all()
+    for sample in range(4):
+        for view in range(3):
+            expected = replayed(images[sample], made["boxes"][sample, view], made["flipped"][sample, view], 16)
+            assert (made["pixel_values"][sample, view] - expected).abs().max() <= 2 / 255
+
+
+def test_returned_boxes_replay_single_pictures_with_and_without_training():
+    processor = MaskedImageProcessor(size=16, mask_kind=None, image_mean=0.0, image_std=1.0)
+    images = pictures(4)
+    for training in (True, False):
+        made = processor(images, training=training, seed=3, return_boxes=True)
+        assert made["boxes"].shape == (4, 4) and bool(made["flipped"].any()) == training
+        for image, box, flipped, values in zip(
+            images, made["boxes"], made["flipped"], made["pixel_values"], strict=True
+        ):
+            assert (values - replayed(image, box, flipped, 16)).abs().max() <= 2 / 255
+
+
+def test_each_picture_of_a_set_gives_one_view():
+    processor = MultiViewImageProcessor(16, photometric=None, image_mean=0.0, image_std=1.0)
+    images = pictures(6)
+    pairs = [images[:2], images[2:4], images[4:]]
+    made = processor(pairs, training=True, seed=3, return_boxes=True)
+    assert made["pixel_values"].shape == (3, 2, 3, 16, 16)
+    for pair, boxes, flips, values in zip(pairs, made["boxes"], made["flipped"], made["pixel_values"], strict=True):
+        for image, box, flipped, view in zip(pair, boxes, flips, values, strict=True):
+            assert (view - replayed(image, box, flipped, 16)).abs().max() <= 2 / 255
+    assert processor(pairs)["pixel_values"].shape == (3, 2, 3, 16, 16)
+    with pytest.raises(ValueError, match="3 pictures and num_views is 2"):
+        processor([images[:3]], training=True)
+
+
+def test_resident_sets_come_out_as_lists_of_pictures():
+    processor = MultiViewImageProcessor(**SMALL)
+    sets = torch.from_numpy(arrays(6)).unflatten(0, (3, 2))
+    listed = [list(pair) for pair in sets]
+    for made in ("training", "evaluation"):
+        arguments = (torch.arange(3), 1, 2) if made == "training" else ()
+        resident, lists = (processor.prepare_training, processor.prepare_training) if arguments else (
+            processor.prepare_resident, processor.prepare
+        )  # fmt: skip
+        difference = resident(sets, *arguments).int() - lists(listed, *arguments).int()
+        assert difference.shape == (3, 2, 3, 16, 16) and difference.abs().max() <= 1

@@ -1,0 +1,127 @@
+"""Samples of several pictures: which pictures of a source belong together.
+
+A source counts single pictures. A data set that is given one of these counts sets of them, each a function of (seed,
+epoch, index of the set), and hands its processor sets of pictures.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from hf_masked.data.sources import ImageSource
+from hf_masked.randomness import keyed_draw, sample_keys
+
+# Separates what is drawn here from the draws of processors, whose purposes count from 0.
+SETS = -2
+
+
+class PictureSets(ABC):
+    """Attributes:
+    size: pictures in a set.
+    """
+
+    size: int
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Sets in an epoch."""
+
+    @abstractmethod
+    def pictures(self, indices: torch.Tensor, seed: int, epochs: int | torch.Tensor) -> torch.Tensor:
+        """Numbers of the pictures of some sets.
+
+        Args:
+            indices: int64 (batch,) of the sets.
+            seed: the run's.
+            epochs: the pass, from 0; or int64 (batch,), one for each set.
+
+        Returns:
+            int64 (batch, size).
+        """
+
+
+class Rows(PictureSets):
+    """The pictures that stand in one row of a table, in the order of their columns: the two of a pair, for example.
+
+    Raises:
+        ValueError: for a source of single pictures.
+    """
+
+    def __init__(self, source: ImageSource):
+        self.size = source.pictures_per_row
+        if self.size < 2:
+            raise ValueError(
+                f"{source.name} has one picture in a row, and this method learns from several that belong together: "
+                "name their columns, for example --image_column left,right."
+            )
+        self._rows = len(source) // self.size
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def pictures(self, indices, seed, epochs):
+        return indices[:, None] * self.size + torch.arange(self.size)
+
+
+class Triplets(PictureSets):
+    """Anchor, positive and negative, drawn by class: a class, two different pictures of it, and one of another class
+    (eladhoffer/TripletNet, `Data.lua`). Rare classes come as often as others. An epoch has as many triplets as there
+    are pictures with a label.
+
+    Raises:
+        ValueError: without labels, or when no class has two pictures, or all have the same class.
+    """
+
+    size: ClassVar[int] = 3
+
+    def __init__(self, source: ImageSource):
+        labels = source.labels()
+        if labels is None:
+            raise ValueError(f"{source.name} has no labels to make triplets of: set label_column.")
+        known = (labels >= 0).nonzero().flatten()
+        _, counts = labels[known].unique(return_counts=True)
+        self._by_class = known[labels[known].argsort(stable=True)]
+        self._counts, self._starts = counts, counts.cumsum(0) - counts
+        self._with_pairs = (counts > 1).nonzero().flatten()
+        if len(counts) < 2 or len(self._with_pairs) == 0:
+            raise ValueError(
+                f"{source.name} has {len(counts)} classes, {len(self._with_pairs)} of them with two pictures or more: "
+                "triplets need two classes, one of them with two pictures."
+            )
+
+    def __len__(self) -> int:
+        return len(self._by_class)
+
+    def pictures(self, indices, seed, epochs):
+        numbers = keyed_draw(sample_keys(seed, epochs, indices, purpose=SETS))(5).unbind(dim=1)
+        same = self._with_pairs[_one_of(len(self._with_pairs), numbers[0])]
+        anchor = _one_of(self._counts[same], numbers[1])
+        # Steps away from the anchor, and from its class, that never come back to it.
+        positive = (anchor + 1 + _one_of(self._counts[same] - 1, numbers[2])) % self._counts[same]
+        other = (same + 1 + _one_of(len(self._counts) - 1, numbers[3])) % len(self._counts)
+        negative = _one_of(self._counts[other], numbers[4])
+        places = [(same, anchor), (same, positive), (other, negative)]
+        return torch.stack([self._by_class[self._starts[group] + place] for group, place in places], dim=1)
+
+
+def _one_of(n: int | torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """int64 in [0, n), of uniform numbers in [0, 1)."""
+    return (number.double() * n).long()
+
+
+# What a sample of a method consists of, see `VariantConfig.sample`.
+SAMPLES = {"row": Rows, "triplet": Triplets}
+
+
+def make_sets(sample: str, source: ImageSource) -> PictureSets | None:
+    """The sets that samples of this kind are, None for single pictures.
+
+    Args:
+        sample: "picture", or a name in `SAMPLES`.
+        source: of the pictures.
+
+    Raises:
+        ValueError: where the source cannot make such samples.
+    """
+    return SAMPLES[sample](source) if sample in SAMPLES else None
