@@ -17,10 +17,10 @@ from transformers.utils import logging as transformers_logging
 
 from hf_masked.modeling.parts.backbones import build_backbone
 from hf_masked.modeling.parts.patches import pair
+from hf_masked.normalization import mean_and_std
 
-# What the processors take where nothing is said: ImageNet's statistics for three channels, this for others.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OTHER_MEAN = OTHER_STD = (0.5,)
+# Mean and deviation, one number per channel each.
+Normalization = tuple[Sequence[float], Sequence[float]]
 
 # The norm after the last block, in stock vision models.
 FINAL_NORMS = ("layernorm", "post_layernorm", "norm")
@@ -94,7 +94,7 @@ class FrozenTeacher:
         self._model: PreTrainedModel | None = None
         self._norm: nn.Module = nn.Identity()
         # (mean, std) of the teacher's own pictures; None where nothing is known, and the student's are taken as right.
-        self._normalization: tuple[Sequence[float], Sequence[float]] | None = None
+        self._normalization: Normalization | None = None
 
     def prepare(self, device: torch.device) -> PreTrainedModel:
         """Loads the encoder, if that has not happened yet, and moves it to a device.
@@ -155,7 +155,9 @@ class FrozenTeacher:
     def pictures(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """The student's pictures in the size, channels and normalisation that the teacher wants, float32."""
         form, own = self.config.teacher_config, normalization_of(self.config)
-        theirs = own if self._normalization is None else self._normalization
+        theirs = self._normalization
+        if theirs is None:
+            theirs = own if form.num_channels != 1 else tuple([sum(values) / len(values)] for values in own)
         return adapt_pictures(pixel_values, grid, pair(form.patch_size), form.num_channels, own, theirs)
 
     def _interpolation(self, encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict:
@@ -269,9 +271,6 @@ def _take_final_norm(model: PreTrainedModel) -> nn.Module:
     )
 
 
-Normalization = tuple[Sequence[float], Sequence[float]]
-
-
 def _normalization_of_checkpoint(name: str) -> Normalization | None:
     """Mean and deviation in a checkpoint's image processor."""
     try:
@@ -280,15 +279,12 @@ def _normalization_of_checkpoint(name: str) -> Normalization | None:
         return None
     if not settings.get("do_normalize", True) or "image_mean" not in settings:
         return None
-    return tuple(settings["image_mean"]), tuple(settings["image_std"])
+    return list(settings["image_mean"]), list(settings["image_std"])
 
 
 def normalization_of(config: PreTrainedConfig) -> Normalization:
     """Mean and deviation of the pictures of a config with `image_mean`, `image_std` and `num_channels`."""
-    rgb = config.num_channels == 3
-    mean = (IMAGENET_MEAN if rgb else OTHER_MEAN) if config.image_mean is None else config.image_mean
-    std = (IMAGENET_STD if rgb else OTHER_STD) if config.image_std is None else config.image_std
-    return tuple(mean if isinstance(mean, Sequence) else [mean]), tuple(std if isinstance(std, Sequence) else [std])
+    return mean_and_std(config.image_mean, config.image_std, config.num_channels)
 
 
 def adapt_pictures(
