@@ -37,11 +37,10 @@ from hf_masked.modeling.parts.patches import (
     predicted_indices,
     take,
     unpatchify,
-    visible_indices,
 )
 from hf_masked.modeling.parts.state_dicts import official_depth, rename_weights
 from hf_masked.modeling.registry import register_variant
-from hf_masked.processing.masks import make_mask, num_masked_units, num_predicted_units, partial_mask
+from hf_masked.processing.masks import make_mask, num_predicted_units, partial_mask
 from hf_masked.randomness import model_draw
 
 
@@ -255,11 +254,6 @@ class CAPIPreTrainedModel(MaskedPatchesModel):
             module.init_weights()
         else:
             init_capi(module)
-
-    def _visible(self, bool_masked_pos: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Visible indices; a compiled forward takes the count from the config instead of reading the mask."""
-        compiling = torch.compiler.is_compiling()
-        return visible_indices(bool_masked_pos, num_masked_units(grid, self.config.mask_ratio) if compiling else None)
 
 
 class CAPIModel(CAPIPreTrainedModel):
