@@ -48,15 +48,17 @@ def teacher_form(teacher: str | None, teacher_config: dict | PreTrainedConfig | 
     return _encoder_part(read_config(teacher))
 
 
-def check_teacher(config: PreTrainedConfig, layer: int = -1) -> None:
+def check_teacher(config: PreTrainedConfig, layer: int = -1, projection: bool = False) -> None:
     """Checks what a config says of its teacher.
 
     Args:
         config: with `teacher_config`.
         layer: the 0-based number of the block that is wanted; negative ones count from the last.
+        projection: CLIP's projection is wanted.
 
     Raises:
-        ValueError: for a teacher without patch tokens, a layer that it has not, or channels that cannot be adapted.
+        ValueError: for a teacher without patch tokens, a layer or projection that it has not, or channels that cannot
+            be adapted.
     """
     form = config.teacher_config
     needed = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "num_channels")
@@ -68,6 +70,11 @@ def check_teacher(config: PreTrainedConfig, layer: int = -1) -> None:
     if not -form.num_hidden_layers <= layer < form.num_hidden_layers:
         raise ValueError(
             f"The teacher has {form.num_hidden_layers} blocks, numbered from 0, and no block {layer}: choose another."
+        )
+    if projection and form.model_type != "clip_vision_model":
+        raise ValueError(
+            f"The teacher is a {form.model_type}, which has no projection of its features, as CLIP has: leave "
+            "teacher_projection out."
         )
     check_channels("teacher", form.num_channels, config.num_channels)
 
@@ -122,19 +129,20 @@ class FrozenTeacher:
         return self._model
 
     @torch.no_grad()
-    def features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def features(self, pixel_values: torch.Tensor, grid: tuple[int, int], class_token: bool = False) -> torch.Tensor:
         """What the teacher makes of whole pictures.
 
         Args:
             pixel_values: float (batch, channels, height, width), normalised as the student's config says.
             grid: (rows, columns) of the student's patches; the pictures are resized so that the teacher has as many.
+            class_token: with the class token, before the patches.
 
         Returns:
             float32 (batch, rows * columns, teacher's hidden, or its projection's width): patch tokens in raster order,
-            without those before them.
+            without those before them; with `class_token` (batch, 1 + rows * columns, ...).
 
         Raises:
-            ValueError: if the teacher cannot have that grid.
+            ValueError: if the teacher cannot have that grid, or has no class token.
         """
         encoder = self.encoder(pixel_values.device)
         pixel_values = self.pictures(pixel_values, grid)
@@ -147,7 +155,10 @@ class FrozenTeacher:
                 f"{tuple(pixel_values.shape)}; it must have at least {grid[0]} x {grid[1]} tokens: choose a teacher "
                 "that keeps one token per patch."
             )
-        tokens = tokens[:, num_prefix:]
+        if class_token and num_prefix == 0:
+            raise ValueError(f"The teacher, a {encoder.config.model_type}, has no class token to be predicted.")
+        patches = tokens[:, num_prefix:]
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) if class_token else patches
         if self.final_norm:
             tokens = self._norm(tokens)
         return (encoder.visual_projection(tokens) if self.projection else tokens).float()
