@@ -173,7 +173,9 @@ class DBOTConfig(MaskedPatchesConfig):
                     "num_stages=1, or name an encoder like the student's as initial_teacher instead."
                 )
         elif self.teacher_projection:
-            raise ValueError("teacher_projection=True without a `teacher`: only CLIP has such a projection.")
+            raise ValueError(
+                "teacher_projection=True without a `teacher`: name CLIP, which has such a projection, or leave it out."
+            )
         if self.loss not in LOSSES:
             raise ValueError(f"loss is {self.loss!r}; it must be one of {', '.join(LOSSES)}.")
         if self.smooth_l1_beta <= 0:
@@ -198,6 +200,9 @@ class DBOTConfig(MaskedPatchesConfig):
         # A pretrained encoder brings its own positions.
         own = {"architecture": architecture, "fixed_positions": False}
         return cls(backbone_config=with_final_norm(backbone_config), **own | arguments)
+
+    def processor_settings(self) -> dict:
+        return super().processor_settings() | {"image_mean": self.image_mean, "image_std": self.image_std}
 
 
 @dataclass

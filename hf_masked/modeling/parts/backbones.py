@@ -295,13 +295,13 @@ def _layers(backbone: PreTrainedModel) -> nn.ModuleList:
 
 
 def set_drop_path(backbone: PreTrainedModel, rate: float) -> None:
-    """Gives the layers of a ViT, DeiT or DINOv2 drop path, rising evenly from 0 to `rate`.
+    """Gives the layers of a ViT, DeiT, DINOv2 or BEiT drop path, rising evenly from 0 to `rate`.
 
     What is saved or exported stays the plain backbone: drop path has no weights, and ViTs and DeiTs no setting for it.
     """
     layers = _layers(backbone)
     for layer, layer_rate in zip(layers, drop_path_rates(rate, len(layers)), strict=True):
-        if hasattr(layer, "drop_path"):  # DINOv2, whose own has the same rate in all layers
+        if hasattr(layer, "drop_path"):  # DINOv2, whose own has the same rate in all layers, and BEiT
             layer.drop_path = DropPath(layer_rate)
         else:  # the end of both residual branches
             layer.dropout = nn.Sequential(layer.dropout, DropPath(layer_rate))
@@ -309,7 +309,7 @@ def set_drop_path(backbone: PreTrainedModel, rate: float) -> None:
 
 @torch.no_grad()
 def make_layers_identity(backbone: PreTrainedModel) -> None:
-    """Zeroes the last weights of both residual branches of each layer of a ViT, DeiT or DINOv2.
+    """Zeroes the last weights of both residual branches of each layer of a ViT, DeiT, DINOv2 or BEiT.
 
     Its output without the final norm is then that of its patch embedding, with positions and class token.
     """

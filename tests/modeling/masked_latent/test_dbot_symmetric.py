@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BeitModel, CLIPVisionConfig, CLIPVisionModelWithProjection, SiglipVisionConfig, ViTConfig
+from transformers import (
+    BeitModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DeiTConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
 
 from hf_masked import DBOTConfig, DBOTForImageClassification, DBOTForPreTraining
 from hf_masked.modeling.conversion import convert
@@ -234,6 +241,22 @@ def test_target_is_clips_projection_of_a_resized_picture():
     tokens = model.teacher._norm(teacher(pictures).last_hidden_state)
     expected = tokens @ teacher.visual_projection.weight.T
     torch.testing.assert_close(model.target(pixel_values, (4, 4)), expected)
+
+
+def test_class_token_is_the_target_of_every_token_before_the_patches():
+    """The asymmetric form with a DeiT, which has two."""
+    backbone_config = DeiTConfig(**SIZES, image_size=32, patch_size=8)
+    settings = {"backbone_config": backbone_config, "architecture": "asymmetric", "loss_on_class_token": True}
+    model, pixel_values = tiny(**settings), torch.randn(2, 3, 32, 32)
+    with_class_token = model.teacher.features(pixel_values, (4, 4), class_token=True)
+    assert torch.equal(model.target(pixel_values, (4, 4)), with_class_token[:, [0, *range(17)]])
+    torch.testing.assert_close(with_class_token[:, 1:], model.teacher.features(pixel_values, (4, 4)))
+    model(pixel_values).loss.backward()
+
+
+def test_processor_normalises_as_the_config_says():
+    processor = processor_of(VARIANT, tiny_config(image_mean=0.25, image_std=[0.2, 0.3, 0.4]))
+    assert processor.image_mean == [0.25] * 3 and processor.image_std == [0.2, 0.3, 0.4]
 
 
 def test_masks_are_78_of_196_in_blocks():
