@@ -34,7 +34,7 @@ from benchmarks.common import environment, interleaved_seconds, median_ratio, wr
 from hf_masked import MaskedImageProcessor
 from hf_masked.data import ImageDataset, load_images
 from hf_masked.data.cached import write_cache
-from hf_masked.processing.image_processing import IMAGENET_MEAN, IMAGENET_STD
+from hf_masked.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 PICTURES, BATCH = 192, 64
 SIZE, CACHED_SIZE = 224, 256

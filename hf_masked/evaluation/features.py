@@ -12,7 +12,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from hf_masked.modeling.parts.patches import pair
 from hf_masked.modeling.parts.pooling import POOLINGS, interpolation_argument, pool
-from hf_masked.processing.image_processing import IMAGENET_MEAN, IMAGENET_STD
+from hf_masked.normalization import mean_and_std
 from hf_masked.processing.views import center_crop_boxes, crop_and_resize_batch
 from hf_masked.training.checkpoints import load_with_report
 
@@ -176,11 +176,8 @@ def _load_settings(path: str, config) -> ImageSettings:
         return _settings_of(ImageProcessingMixin.get_image_processor_dict(path)[0], config)
     except OSError:
         num_channels = getattr(config, "num_channels", 3)
-        settings = ImageSettings(
-            mean=IMAGENET_MEAN if num_channels == 3 else (0.5,) * num_channels,
-            std=IMAGENET_STD if num_channels == 3 else (0.5,) * num_channels,
-            size=pair(getattr(config, "image_size", None) or 224),
-        )
+        mean, std = mean_and_std(None, None, num_channels)
+        settings = ImageSettings(tuple(mean), tuple(std), size=pair(getattr(config, "image_size", None) or 224))
         warnings.warn(f"{path} has no preprocessor_config.json; going on with {settings}.", stacklevel=3)
         return settings
 

@@ -94,8 +94,8 @@ class VariantModel(PreTrainedModel):
     # The losses are means; the Trainer must average them over accumulated batches, not divide by `num_items_in_batch`.
     accepts_loss_kwargs = False
 
-    # Whether the encoder sees the stock backbone's mask token in place of masked patches.
-    uses_mask_token: ClassVar[bool] = False
+    # Whether the encoder sees the stock backbone's mask token in place of masked patches, or may in one of its forms.
+    uses_mask_token: bool = False
     # 0 at the start of training, 1 at its end; `TrainingProgressCallback` sets it.
     training_progress: float = 0.0
     # Conformance checks that cannot apply: {name of the check: reason}. The card shows them.

@@ -1,9 +1,11 @@
-"""What methods that mask patches of pictures share: the settings of the mask, drawing it, checks of the inputs."""
+"""What methods that mask patches of pictures share: the settings of the mask, drawing it, checks of the inputs, and
+the model that returns features."""
 
 from typing import ClassVar
 
 import torch
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hf_masked.modeling.base import VariantConfig, VariantModel
 from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, visible_indices
@@ -79,3 +81,38 @@ class MaskedPatchesModel(VariantModel):
         """Visible indices; a compiled forward takes the count from the config instead of reading the mask."""
         compiling = torch.compiler.is_compiling()
         return visible_indices(bool_masked_pos, num_masked_units(grid, self.config.mask_ratio) if compiling else None)
+
+
+class MaskedFeatures:
+    """Makes a method's `...PreTrainedModel`, which says how it encodes pictures, the model that returns features:
+
+        class MAEModel(MaskedFeatures, MAEPreTrainedModel)
+
+    `encode(pixel_values, bool_masked_pos, grid, **kwargs)` returns what becomes `last_hidden_state`.
+    """
+
+    def __init__(self, config: MaskedPatchesConfig):
+        super().__init__(config)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
+        """Encodes pictures.
+
+        Args:
+            pixel_values: float (batch, channels, height, width), normalised; the patch must divide both sizes.
+            bool_masked_pos: bool (batch, units), True = masked, the same count in each row where the encoder sees
+                visible patches only; None for the plain backbone.
+            kwargs: of the backbone's layers; `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            last_hidden_state: (batch, prefix + units, hidden), the class token first; (batch, prefix + visible,
+                hidden) where the encoder sees visible patches only.
+
+        Raises:
+            ValueError: for other channels, sizes or mask shapes.
+        """
+        grid = self._check_inputs(pixel_values, bool_masked_pos)
+        return BaseModelOutput(last_hidden_state=self.encode(pixel_values, bool_masked_pos, grid, **kwargs))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from hf_masked.normalization import mean_and_std
 from hf_masked.processing import masks, views
 from hf_masked.processing.decoding import open_image, to_channels
 from hf_masked.processing.photometric import Photometric
@@ -20,8 +21,6 @@ from hf_masked.randomness import keyed_draw, sample_keys
 
 # Purposes of the draws, see `sample_keys`.
 CROP, AUGMENT, MASK = range(3)
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 BICUBIC = int(Image.Resampling.BICUBIC)
 
@@ -72,8 +71,7 @@ class PretrainingImageProcessor(BaseImageProcessor):
             raise ValueError(f"crop_fraction is {crop_fraction}; it must lie in (0, 1], for example 0.875.")
         self.crop_fraction = crop_fraction
         self.resample = int(resample)
-        self.image_mean = _per_channel("image_mean", image_mean, IMAGENET_MEAN, num_channels)
-        self.image_std = _per_channel("image_std", image_std, IMAGENET_STD, num_channels)
+        self.image_mean, self.image_std = mean_and_std(image_mean, image_std, num_channels)
 
     def keys_for(
         self, indices: torch.Tensor | Sequence[int], seed: int, epochs: int | torch.Tensor, purpose: int
@@ -382,19 +380,6 @@ def _range(name: str, values, low: float, high: float) -> list[float]:
     if not low < first <= last <= high:
         raise ValueError(f"{name} is {tuple(values)}; it must be (smallest, largest) in ({low}, {high}].")
     return [float(first), float(last)]
-
-
-def _per_channel(name: str, values, imagenet: tuple[float, ...], num_channels: int) -> list[float]:
-    if values is None:
-        values = imagenet if num_channels == 3 else 0.5
-    values = [float(values)] if isinstance(values, int | float) else [float(value) for value in values]
-    if len(values) == 1:
-        values *= num_channels
-    if len(values) != num_channels:
-        raise ValueError(
-            f"{name} has {len(values)} values for num_channels={num_channels}: give one number, or one per channel."
-        )
-    return values
 
 
 __all__ = ["AUGMENT", "CROP", "MASK", "MaskedImageProcessor", "PretrainingImageProcessor"]

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
+from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
+from hf_masked.modeling.masked_patches import MaskedFeatures, MaskedPatchesConfig, MaskedPatchesModel
 from hf_masked.modeling.outputs import MaskedPreTrainingOutput
 from hf_masked.modeling.parts.backbones import (
     VISIBLE_TOKEN_BACKBONES,
@@ -121,35 +121,18 @@ class MAEPreTrainedModel(MaskedPatchesModel):
         if getattr(embeddings, "mask_token", None) is not None:
             yield embeddings.mask_token
 
+    def encode(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, grid: tuple[int, int], **kwargs
+    ) -> torch.Tensor:
+        """(batch, prefix + visible, hidden)."""
+        visible = None if bool_masked_pos is None else self._visible(bool_masked_pos, grid)
+        return encode_visible(self.backbone, pixel_values, visible, **kwargs)
 
-class MAEModel(MAEPreTrainedModel):
+
+class MAEModel(MaskedFeatures, MAEPreTrainedModel):
     """The encoder: without a mask it is the plain backbone, with one it sees the visible patches only."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"decoder\..*"]
-
-    def __init__(self, config: MAEConfig):
-        super().__init__(config)
-        self.post_init()
-
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
-    ) -> BaseModelOutput:
-        """Encodes pictures.
-
-        Args:
-            pixel_values: float (batch, channels, height, width), normalised; the patch must divide both sizes.
-            bool_masked_pos: bool (batch, units), True = masked, the same count in each row.
-
-        Returns:
-            last_hidden_state: (batch, prefix + visible, hidden), the class token first.
-
-        Raises:
-            ValueError: for other channels, sizes or mask shapes.
-        """
-        grid = self._check_inputs(pixel_values, bool_masked_pos)
-        visible = None if bool_masked_pos is None else self._visible(bool_masked_pos, grid)
-        return BaseModelOutput(last_hidden_state=encode_visible(self.backbone, pixel_values, visible, **kwargs))
 
 
 class MAEForPreTraining(MAEPreTrainedModel):

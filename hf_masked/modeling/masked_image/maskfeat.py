@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
+from hf_masked.modeling.masked_patches import MaskedFeatures, MaskedPatchesConfig, MaskedPatchesModel
 from hf_masked.modeling.outputs import MaskedPreTrainingOutput
 from hf_masked.modeling.parts.backbones import (
     VISIBLE_TOKEN_BACKBONES,
@@ -94,6 +93,12 @@ class MaskFeatPreTrainedModel(MaskedPatchesModel):
         else:
             _init_linear(module)
 
+    def encode(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, grid: tuple[int, int], **kwargs
+    ) -> torch.Tensor:
+        """(batch, prefix + units, hidden)."""
+        return encode_with_mask_tokens(self.backbone, pixel_values, bool_masked_pos, **kwargs)
+
 
 def _init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d):
@@ -102,34 +107,10 @@ def _init_linear(module: nn.Module) -> None:
             init.zeros_(module.bias)
 
 
-class MaskFeatModel(MaskFeatPreTrainedModel):
+class MaskFeatModel(MaskedFeatures, MaskFeatPreTrainedModel):
     """The encoder: without a mask the plain backbone, with one it sees mask tokens in place of masked patches."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"head\..*"]
-
-    def __init__(self, config: MaskFeatConfig):
-        super().__init__(config)
-        self.post_init()
-
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
-    ) -> BaseModelOutput:
-        """Encodes pictures.
-
-        Args:
-            pixel_values: float (batch, channels, height, width), normalised; the patch must divide both sizes.
-            bool_masked_pos: bool (batch, units), True = masked.
-
-        Returns:
-            last_hidden_state: (batch, prefix + units, hidden), the class token first.
-
-        Raises:
-            ValueError: for other channels, sizes or mask shapes.
-        """
-        self._check_inputs(pixel_values, bool_masked_pos)
-        tokens = encode_with_mask_tokens(self.backbone, pixel_values, bool_masked_pos, **kwargs)
-        return BaseModelOutput(last_hidden_state=tokens)
 
 
 class MaskFeatForPreTraining(MaskFeatPreTrainedModel):
@@ -170,7 +151,7 @@ class MaskFeatForPreTraining(MaskFeatPreTrainedModel):
         grid = self._check_inputs(pixel_values, bool_masked_pos)
         if bool_masked_pos is None:
             bool_masked_pos = self.draw_mask(pixel_values, grid, noise, generator)
-        encoded = encode_with_mask_tokens(self.backbone, pixel_values, bool_masked_pos, **kwargs)
+        encoded = self.encode(pixel_values, bool_masked_pos, grid, **kwargs)
         logits = self.head(encoded[:, num_prefix_tokens(self.config.backbone_config) :])  # (batch, units, values)
         loss = self.loss(pixel_values, logits, bool_masked_pos) if return_loss else None
         return MaskedPreTrainingOutput(

@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -36,6 +35,7 @@ from hf_masked.modeling.parts.state_dicts import (
     rename_weights,
 )
 from hf_masked.modeling.registry import register_variant
+from hf_masked.normalization import mean_and_std
 from hf_masked.randomness import model_draw
 
 # How far beyond [0, 1] rounding may take pixels whose normalisation is undone.
@@ -95,12 +95,7 @@ class MFMConfig(VariantConfig):
             raise ValueError(f"low_pass_probability is {self.low_pass_probability}; a probability lies in [0, 1].")
         if self.loss_gamma <= 0:
             raise ValueError(f"loss_gamma is {self.loss_gamma}; it must be positive. The paper's is 1.")
-        for name, values in (("image_mean", self.normalization[0]), ("image_std", self.normalization[1])):
-            if len(values) != self.num_channels:
-                raise ValueError(
-                    f"{name} has {len(values)} values for {self.num_channels} channels: give one number, or one per "
-                    "channel."
-                )
+        mean_and_std(self.image_mean, self.image_std, self.num_channels)  # which raises
         check_window(self.backbone_config, (height, width), self.encoder_stride)
 
     @property
@@ -111,10 +106,7 @@ class MFMConfig(VariantConfig):
     @property
     def normalization(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of each channel."""
-        defaults = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if self.num_channels == 3 else (0.5, 0.5)
-        given = (self.image_mean, self.image_std)
-        values = [default if value is None else value for value, default in zip(given, defaults, strict=True)]
-        return tuple([float(v)] * self.num_channels if isinstance(v, int | float) else list(v) for v in values)
+        return mean_and_std(self.image_mean, self.image_std, self.num_channels)
 
     def processor_settings(self) -> dict:
         # The whole picture is one mask unit: one number per sample decides which frequencies it loses.

@@ -1,14 +1,8 @@
 """Masked modelling that predicts features, tokens or clusters."""
 
 from hf_masked.modeling.masked_latent.beitv2 import BEiTv2Config, BEiTv2ForPreTraining, BEiTv2Model
-from hf_masked.modeling.masked_latent.capi import (
-    CAPIConfig,
-    CAPIEncoder,
-    CAPIEncoderConfig,
-    CAPIForImageClassification,
-    CAPIForPreTraining,
-    CAPIModel,
-)
+from hf_masked.modeling.masked_latent.capi import CAPIConfig, CAPIForPreTraining, CAPIModel
+from hf_masked.modeling.masked_latent.capi_encoder import CAPIEncoder, CAPIEncoderConfig, CAPIForImageClassification
 from hf_masked.modeling.masked_latent.dbot import DBOTConfig, DBOTForImageClassification, DBOTForPreTraining, DBOTModel
 from hf_masked.modeling.masked_latent.dmae import DMAEConfig, DMAEForImageClassification, DMAEForPreTraining, DMAEModel
 from hf_masked.modeling.masked_latent.maskdistill import MaskDistillConfig, MaskDistillForPreTraining, MaskDistillModel

@@ -4,7 +4,6 @@ Zhiliang Peng et al., "BEiT v2: Masked Image Modeling with Vector-Quantized Visu
 Reference implementation: https://github.com/microsoft/unilm (`beit2/modeling_pretrain.py`).
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,20 +12,22 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_masked.modeling.masked_latent.vqkd import FrozenTokenizer, patches_of_color, tokenizer_form
 from hf_masked.modeling.masked_latent.vqkd import tiny_config as tiny_tokenizer
-from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
+from hf_masked.modeling.masked_patches import MaskedFeatures, MaskedPatchesConfig, MaskedPatchesModel
 from hf_masked.modeling.outputs import MaskedPreTrainingOutput
+from hf_masked.modeling.parts.backbones import encode_with_mask_tokens
 from hf_masked.modeling.parts.beit import (
+    BEIT_RENAMING,
     beit_feature_maps,
     beit_position_bias,
     beit_vit,
     check_beit,
     init_beit,
     init_linear,
+    official_beit_config,
     rescale_blocks,
     with_final_norm,
 )
@@ -159,35 +160,17 @@ class BEiTv2PreTrainedModel(MaskedPatchesModel):
         # As the reference has it: the mask token and the table that the blocks share do decay.
         return {"cls_token", "position_embeddings"}
 
+    def encode(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, grid: tuple[int, int], **kwargs
+    ) -> torch.Tensor:
+        """(batch, 1 + units, hidden)."""
+        return encode_with_mask_tokens(self.backbone, pixel_values, bool_masked_pos, **kwargs)
 
-class BEiTv2Model(BEiTv2PreTrainedModel):
+
+class BEiTv2Model(MaskedFeatures, BEiTv2PreTrainedModel):
     """The encoder: without a mask the plain backbone, with one it sees mask tokens in place of masked patches."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(head|aggregation.*)\..*"]
-
-    def __init__(self, config: BEiTv2Config):
-        super().__init__(config)
-        self.post_init()
-
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
-    ) -> BaseModelOutput:
-        """Encodes pictures.
-
-        Args:
-            pixel_values: float (batch, channels, height, width), normalised; the patch must divide both sizes.
-            bool_masked_pos: bool (batch, units), True = masked.
-
-        Returns:
-            last_hidden_state: (batch, 1 + units, hidden), the class token first.
-
-        Raises:
-            ValueError: for other channels, sizes or mask shapes.
-        """
-        self._check_inputs(pixel_values, bool_masked_pos)
-        feature_maps = beit_feature_maps(self.backbone, pixel_values, bool_masked_pos, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.backbone.layernorm(feature_maps[-1]))
 
 
 class BEiTv2ForPreTraining(BEiTv2PreTrainedModel):
@@ -350,27 +333,12 @@ class BEiTv2ForPreTraining(BEiTv2PreTrainedModel):
 
 
 # Official name -> ours.
-_BLOCK_RENAMING = (
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.gamma_([12])$", r".lambda_\1"),
-    (r"\.attn\.qkv\.", ".attention.{qkv}_proj."),
-    (r"\.attn\.([qv])_bias$", r".attention.\1_proj.bias"),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
-    (r"\.attn\.relative_position_bias_table$", ".relative_position_bias.relative_position_bias_table"),
-)
 _RENAMING = (
-    (r"^(cls_token|mask_token)$", r"backbone.embeddings.\1"),
-    (r"^pos_embed$", "backbone.embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "backbone.embeddings.patch_embeddings.projection."),
-    (r"^norm\.", "backbone.layernorm."),
     (r"^lm_head\.", "head."),
-    (r"^rel_pos_bias\.", "backbone.shared_position_bias."),
-    (r"^blocks\.", "backbone.layers."),
     (r"^cls_pt_layers\.", "aggregation_layers."),
     (r"^cls_pt_norm\.", "aggregation_norm."),
     (r"^cls_pt_lm_head\.", "aggregation_head."),
-    *_BLOCK_RENAMING,
+    *BEIT_RENAMING,
 )
 
 
@@ -382,28 +350,12 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> BEiTv2Config:
     Raises:
         ValueError: if it holds no shared relative positions, as fine-tuned checkpoints do not.
     """
-    table = state_dict.get("rel_pos_bias.relative_position_bias_table")
-    if table is None:
-        raise ValueError(
-            "The checkpoint holds no rel_pos_bias.relative_position_bias_table, as BEiT v2's pretraining has it. "
-            "Fine-tuned checkpoints are not converted."
-        )
-    hidden_size, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-    layers = official_depth(state_dict, "blocks")
+    backbone_config = official_beit_config(state_dict, drop_path_rate=0.0)
+    if backbone_config.layer_scale_init_value and backbone_config.num_hidden_layers >= 24:
+        backbone_config.layer_scale_init_value = 1e-5  # "--layer_scale_init_value" of ViT-L
     aggregates = any(name.startswith("cls_pt_layers.") for name in state_dict)
-    scale = state_dict.get("blocks.0.gamma_1")
     return BEiTv2Config(
-        backbone_config=beit_vit(
-            drop_path_rate=0.0,
-            hidden_size=hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=table.shape[1],
-            intermediate_size=state_dict["blocks.0.mlp.fc1.weight"].shape[0],
-            image_size=(math.isqrt(table.shape[0] - 3) + 1) // 2 * patch_size,
-            patch_size=patch_size,
-            num_channels=num_channels,
-            layer_scale_init_value=0.0 if scale is None else (0.1 if layers < 24 else 1e-5),
-        ),
+        backbone_config=backbone_config,
         vocab_size=state_dict["lm_head.weight"].shape[0],
         aggregation_layers=official_depth(state_dict, "cls_pt_layers") if aggregates else 0,
         shared_head="cls_pt_lm_head.weight" not in state_dict,

@@ -12,20 +12,19 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
+from hf_masked.modeling.masked_patches import MaskedFeatures, MaskedPatchesConfig, MaskedPatchesModel
 from hf_masked.modeling.outputs import MaskedPreTrainingOutput
 from hf_masked.modeling.parts.backbones import (
     VISIBLE_TOKEN_BACKBONES,
     backbone_grid,
     encode_visible,
+    encode_with_mask_tokens,
     init_vit_as_mae,
     num_prefix_tokens,
 )
 from hf_masked.modeling.parts.beit import (
-    beit_feature_maps,
     beit_vit,
     check_beit,
     init_beit,
@@ -34,10 +33,9 @@ from hf_masked.modeling.parts.beit import (
 )
 from hf_masked.modeling.parts.decoders import MaskTokenDecoder
 from hf_masked.modeling.parts.losses import masked_mean
-from hf_masked.modeling.parts.patches import pair, patchify, unpatchify, visible_indices
+from hf_masked.modeling.parts.patches import pair, patchify, unpatchify
 from hf_masked.modeling.parts.teachers import FrozenTeacher, check_teacher, teacher_form
 from hf_masked.modeling.registry import register_variant
-from hf_masked.processing.masks import num_masked_units
 
 PAPERS_TEACHER = "openai/clip-vit-base-patch16"
 # Not a model: the target is the picture itself.
@@ -190,11 +188,6 @@ class MaskDistillPreTrainedModel(MaskedPatchesModel):
     def no_weight_decay(self) -> set[str]:
         return set() if self.config.is_sparse else {"cls_token", "position_embeddings"}
 
-    def _visible(self, bool_masked_pos: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Visible indices; a compiled forward takes the count from the config instead of reading the mask."""
-        compiling = torch.compiler.is_compiling()
-        return visible_indices(bool_masked_pos, num_masked_units(grid, self.config.mask_ratio) if compiling else None)
-
     def encode(
         self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, grid: tuple[int, int], **kwargs
     ) -> torch.Tensor:
@@ -202,37 +195,13 @@ class MaskDistillPreTrainedModel(MaskedPatchesModel):
         if self.config.is_sparse:
             visible = None if bool_masked_pos is None else self._visible(bool_masked_pos, grid)
             return encode_visible(self.backbone, pixel_values, visible, **kwargs)
-        return self.backbone.layernorm(beit_feature_maps(self.backbone, pixel_values, bool_masked_pos, **kwargs)[-1])
+        return encode_with_mask_tokens(self.backbone, pixel_values, bool_masked_pos, **kwargs)
 
 
-class MaskDistillModel(MaskDistillPreTrainedModel):
+class MaskDistillModel(MaskedFeatures, MaskDistillPreTrainedModel):
     """The encoder: without a mask the plain backbone, with one what the student makes of the masked picture."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"head\..*"]
-
-    def __init__(self, config: MaskDistillConfig):
-        super().__init__(config)
-        self.post_init()
-
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
-    ) -> BaseModelOutput:
-        """Encodes pictures.
-
-        Args:
-            pixel_values: float (batch, channels, height, width), normalised; the patch must divide both sizes.
-            bool_masked_pos: bool (batch, units), True = masked; for a sparse student the same count in each row.
-
-        Returns:
-            last_hidden_state: (batch, prefix + units, hidden), the class token first; of a sparse student with a mask
-                (batch, prefix + visible, hidden).
-
-        Raises:
-            ValueError: for other channels, sizes or mask shapes.
-        """
-        grid = self._check_inputs(pixel_values, bool_masked_pos)
-        return BaseModelOutput(last_hidden_state=self.encode(pixel_values, bool_masked_pos, grid, **kwargs))
 
 
 class MaskDistillForPreTraining(MaskDistillPreTrainedModel):

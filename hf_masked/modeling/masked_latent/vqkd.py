@@ -93,12 +93,7 @@ class VQKDConfig(VariantConfig):
     def check(self) -> None:
         super().check()
         check_visible_token_backbone(self.backbone_config)
-        check_teacher(self)
-        if self.teacher_projection and self.teacher_config.model_type != "clip_vision_model":
-            raise ValueError(
-                f"The teacher is a {self.teacher_config.model_type}, which has no projection of its features, as CLIP "
-                "has: leave teacher_projection out."
-            )
+        check_teacher(self, projection=self.teacher_projection)
         if min(self.codebook_size, self.code_dim) < 2:
             raise ValueError(
                 f"codebook_size={self.codebook_size} and code_dim={self.code_dim}; both must be at least 2. The "

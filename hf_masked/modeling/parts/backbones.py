@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from hf_masked.modeling.parts.beit import beit_feature_maps
 from hf_masked.modeling.parts.blocks import DropPath, drop_path_rates
 from hf_masked.modeling.parts.patches import pair, patch_grid, patchify, take
 from hf_masked.modeling.parts.position_embeddings import interpolate_positions, sincos_positions_2d
@@ -23,7 +24,6 @@ VISIBLE_TOKEN_BACKBONES = {"vit": 1, "deit": 2, "dinov2": 1}
 
 # The same of encoders of this package, which their own method takes alone.
 OWN_BACKBONES = {"hf_masked_decayed_vit": 1}
-
 
 # The name of the mask token in every stock vision model that has one.
 MASK_TOKEN = "embeddings.mask_token"
@@ -122,7 +122,7 @@ def tiny_vit(**settings) -> ViTConfig:
 
 def num_prefix_tokens(backbone_config: PreTrainedConfig) -> int:
     """Tokens before the patches."""
-    return (VISIBLE_TOKEN_BACKBONES | OWN_BACKBONES)[backbone_config.model_type]
+    return (VISIBLE_TOKEN_BACKBONES | OWN_BACKBONES | {"beit": 1})[backbone_config.model_type]
 
 
 def backbone_grid(backbone_config: PreTrainedConfig) -> tuple[int, int]:
@@ -186,22 +186,30 @@ def visible_feature_maps(
 
 
 def encode_with_mask_tokens(
-    backbone: PreTrainedModel, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+    backbone: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    bool_masked_pos: torch.Tensor | None = None,
+    final_norm: bool = True,
+    **kwargs,
 ) -> torch.Tensor:
-    """Runs a ViT, DeiT or DINOv2 on all patches, with its mask token in place of the masked ones, before positions.
+    """Runs a ViT, DeiT, DINOv2 or BEiT on all patches, with its mask token in place of the masked ones.
 
     The same as the stock model's `forward`, except that rectangles of any size get their positions.
 
     Args:
         pixel_values: float (batch, channels, height, width).
         bool_masked_pos: bool (batch, units), True = masked; None for the plain backbone.
+        final_norm: return the tokens after the final norm, as the plain backbone does; else the last layer's output.
         kwargs: passed to the layers.
 
     Returns:
-        (batch, prefix + units, hidden), after the final norm.
+        (batch, prefix + units, hidden).
     """
-    embedded = _embed(backbone, pixel_values, bool_masked_pos=bool_masked_pos)
-    return backbone.layernorm(_run_layers(backbone, embedded, **kwargs))
+    if backbone.config.model_type == "beit":
+        tokens = beit_feature_maps(backbone, pixel_values, bool_masked_pos, **kwargs)[-1]
+    else:
+        tokens = _run_layers(backbone, _embed(backbone, pixel_values, bool_masked_pos=bool_masked_pos), **kwargs)
+    return backbone.layernorm(tokens) if final_norm else tokens
 
 
 def output_stride(config: PreTrainedConfig) -> int:
@@ -287,13 +295,13 @@ def _layers(backbone: PreTrainedModel) -> nn.ModuleList:
 
 
 def set_drop_path(backbone: PreTrainedModel, rate: float) -> None:
-    """Gives the layers of a ViT, DeiT or DINOv2 drop path, rising evenly from 0 to `rate`.
+    """Gives the layers of a ViT, DeiT, DINOv2 or BEiT drop path, rising evenly from 0 to `rate`.
 
     What is saved or exported stays the plain backbone: drop path has no weights, and ViTs and DeiTs no setting for it.
     """
     layers = _layers(backbone)
     for layer, layer_rate in zip(layers, drop_path_rates(rate, len(layers)), strict=True):
-        if hasattr(layer, "drop_path"):  # DINOv2, whose own has the same rate in all layers
+        if hasattr(layer, "drop_path"):  # DINOv2, whose own has the same rate in all layers, and BEiT
             layer.drop_path = DropPath(layer_rate)
         else:  # the end of both residual branches
             layer.dropout = nn.Sequential(layer.dropout, DropPath(layer_rate))
@@ -301,7 +309,7 @@ def set_drop_path(backbone: PreTrainedModel, rate: float) -> None:
 
 @torch.no_grad()
 def make_layers_identity(backbone: PreTrainedModel) -> None:
-    """Zeroes the last weights of both residual branches of each layer of a ViT, DeiT or DINOv2.
+    """Zeroes the last weights of both residual branches of each layer of a ViT, DeiT, DINOv2 or BEiT.
 
     Its output without the final norm is then that of its patch embedding, with positions and class token.
     """

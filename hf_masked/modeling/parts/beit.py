@@ -1,4 +1,5 @@
-"""Stock BEiT as an encoder that is pretrained: what its config must have, its blocks' outputs, its initialisation."""
+"""Stock BEiT as an encoder that is pretrained: what its config must have, its blocks' outputs, its initialisation, and
+BEiT's names for its weights."""
 
 import math
 from collections.abc import Iterable
@@ -9,6 +10,24 @@ from transformers import BeitConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from hf_masked.modeling.parts.patches import pair
+from hf_masked.modeling.parts.state_dicts import official_depth
+
+# BEiT's names for its weights -> those of a stock BEiT as our `backbone` (`modeling_pretrain.py` of BEiT v2, dBOT).
+BEIT_RENAMING = (
+    (r"^(cls_token|mask_token)$", r"backbone.embeddings.\1"),
+    (r"^pos_embed$", "backbone.embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "backbone.embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "backbone.layernorm."),
+    (r"^rel_pos_bias\.", "backbone.shared_position_bias."),
+    (r"^blocks\.", "backbone.layers."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.gamma_([12])$", r".lambda_\1"),
+    (r"\.attn\.qkv\.", ".attention.{qkv}_proj."),
+    (r"\.attn\.([qv])_bias$", r".attention.\1_proj.bias"),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.attn\.relative_position_bias_table$", ".relative_position_bias.relative_position_bias_table"),
+)
 
 
 def beit_vit(**settings) -> BeitConfig:
@@ -23,6 +42,37 @@ def beit_vit(**settings) -> BeitConfig:
             "drop_path_rate": 0.1,
         }
         | settings
+    )
+
+
+def official_beit_config(state_dict: dict[str, torch.Tensor], **settings) -> BeitConfig:
+    """The config of a pretraining checkpoint in BEiT's names, read from its shapes.
+
+    Args:
+        state_dict: with positions that all blocks share.
+        settings: what no shape tells, see `beit_vit`.
+
+    Raises:
+        ValueError: without such positions, as fine-tuned checkpoints are.
+    """
+    table = state_dict.get("rel_pos_bias.relative_position_bias_table")
+    if table is None:
+        raise ValueError(
+            "The checkpoint holds no rel_pos_bias.relative_position_bias_table, as a BEiT's pretraining has it. "
+            "Fine-tuned checkpoints are not converted."
+        )
+    hidden_size, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+    if "blocks.0.gamma_1" not in state_dict:
+        settings["layer_scale_init_value"] = 0.0
+    return beit_vit(
+        hidden_size=hidden_size,
+        num_hidden_layers=official_depth(state_dict, "blocks"),
+        num_attention_heads=table.shape[1],
+        intermediate_size=state_dict["blocks.0.mlp.fc1.weight"].shape[0],
+        image_size=(math.isqrt(table.shape[0] - 3) + 1) // 2 * patch_size,
+        patch_size=patch_size,
+        num_channels=num_channels,
+        **settings,
     )
 
 

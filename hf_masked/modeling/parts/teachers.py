@@ -17,10 +17,10 @@ from transformers.utils import logging as transformers_logging
 
 from hf_masked.modeling.parts.backbones import build_backbone
 from hf_masked.modeling.parts.patches import pair
+from hf_masked.normalization import mean_and_std
 
-# What the processors take where nothing is said: ImageNet's statistics for three channels, this for others.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OTHER_MEAN = OTHER_STD = (0.5,)
+# Mean and deviation, one number per channel each.
+Normalization = tuple[Sequence[float], Sequence[float]]
 
 # The norm after the last block, in stock vision models.
 FINAL_NORMS = ("layernorm", "post_layernorm", "norm")
@@ -48,15 +48,17 @@ def teacher_form(teacher: str | None, teacher_config: dict | PreTrainedConfig | 
     return _encoder_part(read_config(teacher))
 
 
-def check_teacher(config: PreTrainedConfig, layer: int = -1) -> None:
+def check_teacher(config: PreTrainedConfig, layer: int = -1, projection: bool = False) -> None:
     """Checks what a config says of its teacher.
 
     Args:
         config: with `teacher_config`.
         layer: the 0-based number of the block that is wanted; negative ones count from the last.
+        projection: CLIP's projection is wanted.
 
     Raises:
-        ValueError: for a teacher without patch tokens, a layer that it has not, or channels that cannot be adapted.
+        ValueError: for a teacher without patch tokens, a layer or projection that it has not, or channels that cannot
+            be adapted.
     """
     form = config.teacher_config
     needed = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "num_channels")
@@ -68,6 +70,11 @@ def check_teacher(config: PreTrainedConfig, layer: int = -1) -> None:
     if not -form.num_hidden_layers <= layer < form.num_hidden_layers:
         raise ValueError(
             f"The teacher has {form.num_hidden_layers} blocks, numbered from 0, and no block {layer}: choose another."
+        )
+    if projection and form.model_type != "clip_vision_model":
+        raise ValueError(
+            f"The teacher is a {form.model_type}, which has no projection of its features, as CLIP has: leave "
+            "teacher_projection out."
         )
     check_channels("teacher", form.num_channels, config.num_channels)
 
@@ -94,7 +101,7 @@ class FrozenTeacher:
         self._model: PreTrainedModel | None = None
         self._norm: nn.Module = nn.Identity()
         # (mean, std) of the teacher's own pictures; None where nothing is known, and the student's are taken as right.
-        self._normalization: tuple[Sequence[float], Sequence[float]] | None = None
+        self._normalization: Normalization | None = None
 
     def prepare(self, device: torch.device) -> PreTrainedModel:
         """Loads the encoder, if that has not happened yet, and moves it to a device.
@@ -122,19 +129,20 @@ class FrozenTeacher:
         return self._model
 
     @torch.no_grad()
-    def features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def features(self, pixel_values: torch.Tensor, grid: tuple[int, int], class_token: bool = False) -> torch.Tensor:
         """What the teacher makes of whole pictures.
 
         Args:
             pixel_values: float (batch, channels, height, width), normalised as the student's config says.
             grid: (rows, columns) of the student's patches; the pictures are resized so that the teacher has as many.
+            class_token: with the class token, before the patches.
 
         Returns:
             float32 (batch, rows * columns, teacher's hidden, or its projection's width): patch tokens in raster order,
-            without those before them.
+            without those before them; with `class_token` (batch, 1 + rows * columns, ...).
 
         Raises:
-            ValueError: if the teacher cannot have that grid.
+            ValueError: if the teacher cannot have that grid, or has no class token.
         """
         encoder = self.encoder(pixel_values.device)
         pixel_values = self.pictures(pixel_values, grid)
@@ -147,7 +155,10 @@ class FrozenTeacher:
                 f"{tuple(pixel_values.shape)}; it must have at least {grid[0]} x {grid[1]} tokens: choose a teacher "
                 "that keeps one token per patch."
             )
-        tokens = tokens[:, num_prefix:]
+        if class_token and num_prefix == 0:
+            raise ValueError(f"The teacher, a {encoder.config.model_type}, has no class token to be predicted.")
+        patches = tokens[:, num_prefix:]
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) if class_token else patches
         if self.final_norm:
             tokens = self._norm(tokens)
         return (encoder.visual_projection(tokens) if self.projection else tokens).float()
@@ -155,7 +166,9 @@ class FrozenTeacher:
     def pictures(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """The student's pictures in the size, channels and normalisation that the teacher wants, float32."""
         form, own = self.config.teacher_config, normalization_of(self.config)
-        theirs = own if self._normalization is None else self._normalization
+        theirs = self._normalization
+        if theirs is None:
+            theirs = own if form.num_channels != 1 else tuple([sum(values) / len(values)] for values in own)
         return adapt_pictures(pixel_values, grid, pair(form.patch_size), form.num_channels, own, theirs)
 
     def _interpolation(self, encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict:
@@ -269,9 +282,6 @@ def _take_final_norm(model: PreTrainedModel) -> nn.Module:
     )
 
 
-Normalization = tuple[Sequence[float], Sequence[float]]
-
-
 def _normalization_of_checkpoint(name: str) -> Normalization | None:
     """Mean and deviation in a checkpoint's image processor."""
     try:
@@ -280,15 +290,12 @@ def _normalization_of_checkpoint(name: str) -> Normalization | None:
         return None
     if not settings.get("do_normalize", True) or "image_mean" not in settings:
         return None
-    return tuple(settings["image_mean"]), tuple(settings["image_std"])
+    return list(settings["image_mean"]), list(settings["image_std"])
 
 
 def normalization_of(config: PreTrainedConfig) -> Normalization:
     """Mean and deviation of the pictures of a config with `image_mean`, `image_std` and `num_channels`."""
-    rgb = config.num_channels == 3
-    mean = (IMAGENET_MEAN if rgb else OTHER_MEAN) if config.image_mean is None else config.image_mean
-    std = (IMAGENET_STD if rgb else OTHER_STD) if config.image_std is None else config.image_std
-    return tuple(mean if isinstance(mean, Sequence) else [mean]), tuple(std if isinstance(std, Sequence) else [std])
+    return mean_and_std(config.image_mean, config.image_std, config.num_channels)
 
 
 def adapt_pictures(

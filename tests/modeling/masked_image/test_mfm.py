@@ -414,7 +414,7 @@ def test_starts_from_a_pretrained_vit(tmp_path):
         ({"mask_radius_outer": 4}, ["mask_radius_outer is 4", "mask_radius=5"]),
         ({"low_pass_probability": 1.5}, ["1.5", "[0, 1]"]),
         ({"loss_gamma": 0.0}, ["loss_gamma is 0", "1"]),
-        ({"image_mean": [0.5, 0.5]}, ["image_mean has 2", "3 channels"]),
+        ({"image_mean": [0.5, 0.5]}, ["image_mean has 2", "num_channels=3"]),
         ({"backbone_config": {"model_type": "vit", "image_size": 64, "patch_size": [16, 8]}}, ["16 x 8", "squares"]),
         ({"backbone_config": SwinConfig(**SWIN | {"window_size": 16}, image_size=64)}, ["window_size=16", "128"]),
         ({"backbone_config": {"model_type": "beit"}}, ["beit", "vit"]),

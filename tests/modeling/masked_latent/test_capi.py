@@ -23,16 +23,14 @@ from hf_masked.evaluation.knn import weighted_knn
 from hf_masked.modeling.conversion import convert
 from hf_masked.modeling.masked_latent.capi import (
     PrototypeHead,
-    apply_rope,
     capi_momentum,
     convert_official_weights,
     official_config,
-    rope_angles,
     sinkhorn,
     soft_cross_entropy,
     tiny_config,
-    token_coordinates,
 )
+from hf_masked.modeling.masked_latent.capi_encoder import apply_rope, rope_angles, token_coordinates
 from hf_masked.modeling.registry import get_variant
 from hf_masked.processing.masks import inverse_block_mask
 from hf_masked.randomness import torch_draw

@@ -151,10 +151,7 @@ def test_pictures_are_normalised_as_the_teachers_own(tmp_path):
 def test_students_normalisation_is_its_processors_by_default():
     for channels in (1, 3, 4):
         processor = MaskedImageProcessor(size=16, num_channels=channels)
-        mean, std = teachers.normalization_of(Student(num_channels=channels))
-        full = len(processor.image_mean)
-        assert list(mean) * (full // len(mean)) == processor.image_mean
-        assert list(std) * (full // len(std)) == processor.image_std
+        assert teachers.normalization_of(Student(num_channels=channels)) == (processor.image_mean, processor.image_std)
 
 
 def test_gray_pictures_are_repeated_and_colours_averaged(tmp_path):
@@ -170,6 +167,11 @@ def test_gray_pictures_are_repeated_and_colours_averaged(tmp_path):
         teacher_of(form, num_channels=3, image_mean=0.5, image_std=0.5),
     )
     torch.testing.assert_close(for_colour.features(repeated, (4, 4)), for_gray.features(gray, (4, 4)))
+    # Nothing is known of either's normalisation: the student's, averaged as the channels are.
+    normalized = gray * torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1) + torch.tensor([0.3, 0.2, 0.1]).view(3, 1, 1)
+    picture = teacher_of(form, image_mean=[0.4, 0.5, 0.6], image_std=[0.1, 0.2, 0.3]).pictures(normalized, (4, 4))
+    pixels = normalized * torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1) + torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    torch.testing.assert_close(picture, (pixels.mean(dim=1, keepdim=True) - 0.5) / 0.2)
 
 
 def test_checkpoints_of_this_package_are_teachers(tmp_path):
