@@ -53,8 +53,8 @@ def evaluate_encoder(
         finetune_options: further arguments of `finetune`.
 
     Returns:
-        Per evaluation ("knn", "linear_batchnorm", "retrieval", "finetune_0.01", ..., "features") a dict of its figures with the
-        "seconds" it took.
+        Per evaluation ("knn", "linear_batchnorm", "retrieval", "finetune_0.01", ..., "features") a dict of its figures
+        with the "seconds" it took.
     """
     results = {}
     if knn or linear or retrieve:
