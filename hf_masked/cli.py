@@ -130,6 +130,9 @@ def evaluate(
     dataset_name: DatasetName = "fashion_mnist",
     knn: Annotated[bool, typer.Option(help="Weighted k nearest neighbours.")] = True,
     linear: Annotated[list[str], typer.Option(help="Heads of linear probes: batchnorm, logistic.")] = ["batchnorm"],  # noqa: B006
+    retrieve: Annotated[
+        bool, typer.Option("--retrieval", help="Recall@k and mean average precision among the test pictures.")
+    ] = False,
     finetune: Annotated[list[str], typer.Option(help="Shares of labels to fine-tune with, e.g. 1%, or counts.")] = [],  # noqa: B006
     train_split: str = "train",
     test_split: str = "test",
@@ -157,6 +160,7 @@ def evaluate(
         test,
         knn=knn,
         linear=tuple(linear),
+        retrieve=retrieve,
         finetune=tuple(_share_or_count(text) for text in finetune),
         seed=seed,
     )

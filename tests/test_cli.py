@@ -185,12 +185,14 @@ def test_export_folds_gray_encoders_for_pipelines(monkeypatch, checkpoint, tmp_p
 
 
 def test_evaluate_writes_figures_with_their_origin(monkeypatch, checkpoint, capsys):
-    run(monkeypatch, "evaluate", checkpoint, "--dataset-name", "digits", "--linear", "logistic", "--limit", 400)
+    arguments = ("--dataset-name", "digits", "--linear", "logistic", "--limit", 400, "--retrieval")
+    run(monkeypatch, "evaluate", checkpoint, *arguments)
     report = json.loads((checkpoint / "evaluation.json").read_text())
     # Far above chance, which is 0.1: even features of an untrained encoder say something about digits.
     assert report["results"]["knn"]["accuracy"] > 0.25 and report["results"]["linear_logistic"]["accuracy"] > 0.25
     assert "torch" in report["versions"] and "igits" in report["dataset"]
-    assert "knn" in capsys.readouterr().out
+    assert 0.11 < report["results"]["retrieval"]["mean_average_precision"] < 1
+    assert "retrieval" in capsys.readouterr().out
 
 
 def test_evaluate_brings_its_figures_into_the_card(monkeypatch, checkpoint):

@@ -96,6 +96,8 @@ class VariantModel(PreTrainedModel):
 
     # Whether the encoder sees the stock backbone's mask token in place of masked patches, or may in one of its forms.
     uses_mask_token: bool = False
+    # Whether `forward` takes `classes`, the labels of a data set that has any.
+    uses_classes: ClassVar[bool] = False
     # 0 at the start of training, 1 at its end; `TrainingProgressCallback` sets it.
     training_progress: float = 0.0
     # Conformance checks that cannot apply: {name of the check: reason}. The card shows them.

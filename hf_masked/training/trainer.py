@@ -207,9 +207,12 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
             return inputs
         self.bad_images.add(inputs)
         self.guard.note(inputs["epoch"], inputs["indices"])
-        return self.processing_class.finish_training(
+        finished = self.processing_class.finish_training(
             inputs["pixels"], inputs["indices"], self.args.seed, inputs["epoch"]
         )
+        if "labels" in inputs and getattr(self.model, "uses_classes", False):
+            finished["classes"] = inputs["labels"]
+        return finished
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if model.training:

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import hf_masked
+from hf_masked.data import ResidentImageDataset
+from hf_masked.data.sets import make_sets
+from hf_masked.data.sources import ArraySource
 from hf_masked.modeling.base import VariantConfig
 from hf_masked.modeling.registry import CATALOGUE, Variant
 
@@ -34,11 +37,21 @@ def pictures(processor, count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(256, size, dtype=torch.uint8, generator=generator)
 
 
+def training_data(variant: Variant, processor, count: int, seed: int = 0) -> ResidentImageDataset:
+    """A data set of so many random pictures of four classes, in the samples that the variant learns from."""
+    labels = torch.arange(count) % 4
+    source = ArraySource("random pictures", pictures(processor, count, seed).numpy(), labels.numpy())
+    if variant.config.sample == "row":
+        source.pictures_per_row = processor.num_views
+    return ResidentImageDataset(source, processor, seed, sets=make_sets(variant.config.sample, source))
+
+
 def training_inputs(variant: Variant, config, batch: int = 4, seed: int = 0) -> dict:
     """Inputs as the trainer makes them: everything that is drawn is drawn by the processor."""
-    processor, indices = processor_of(variant, config), torch.arange(batch)
-    pixels = processor.prepare_training(pictures(processor, batch, seed), indices, seed, 0)
-    return processor.finish_training(pixels, indices, seed, 0)
+    processor = processor_of(variant, config)
+    data = training_data(variant, processor, max(batch, 8), seed)
+    drawn = data.__getitems__([(0, index) for index in range(batch)])
+    return processor.finish_training(drawn["pixels"], drawn["indices"], seed, 0)
 
 
 def variation(variant: Variant, **backbone_settings):

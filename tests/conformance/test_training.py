@@ -11,18 +11,16 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_masked.data import ResidentImageDataset
-from hf_masked.data.sources import ArraySource
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.export import export_encoder
 from hf_masked.training.trainer import PreTrainer
 from tests.conformance.cases import (
     MODELS,
     gradients,
-    pictures,
     processor_of,
     skip_if_declined,
     tiny_model,
+    training_data,
     training_inputs,
 )
 
@@ -32,7 +30,6 @@ ROOT = Path(__file__).parents[2]
 def trainer_of(variant, output: Path, **settings) -> PreTrainer:
     model = tiny_model(variant)
     processor = processor_of(variant, model.config)
-    source = ArraySource("random pictures", pictures(processor, 32).numpy())
     defaults = {
         "use_cpu": True,
         "per_device_train_batch_size": 4,
@@ -45,9 +42,8 @@ def trainer_of(variant, output: Path, **settings) -> PreTrainer:
         "disable_tqdm": True,
     }
     args = PreTrainingArguments(output_dir=str(output), **(defaults | settings))
-    return PreTrainer(
-        model=model, args=args, processing_class=processor, train_dataset=ResidentImageDataset(source, processor)
-    )
+    data = training_data(variant, processor, 32)
+    return PreTrainer(model=model, args=args, processing_class=processor, train_dataset=data)
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:

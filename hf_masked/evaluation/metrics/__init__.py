@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-METRICS = ("knn_accuracy", "linear_probe_accuracy", "few_label_accuracy")
+METRICS = ("knn_accuracy", "linear_probe_accuracy", "few_label_accuracy", "retrieval")
 
 
 def load_metric(name: str, **kwargs):

@@ -11,23 +11,20 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import ResNetConfig
-from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from hf_masked.modeling.base import VariantConfig, VariantModel
 from hf_masked.modeling.outputs import PreTrainingOutput
-from hf_masked.modeling.parts.backbones import last_scales_of_residual_blocks
-from hf_masked.modeling.parts.heads import MLPHead, init_as_torch
+from hf_masked.modeling.parts.heads import MLPHead
 from hf_masked.modeling.parts.losses import negative_cosine, normalized_std, softmax_cross_entropy
-from hf_masked.modeling.parts.pooling import POOLED_BACKBONES, check_views, encode_pooled
+from hf_masked.modeling.parts.pooling import check_views
 from hf_masked.modeling.parts.state_dicts import TIMM_RESNET_RENAMING, official_resnet_config, rename_weights
+from hf_masked.modeling.projected_views import ProjectedViewsConfig, ProjectedViewsModel, example_views, project
 from hf_masked.modeling.registry import register_variant
 
 SIMILARITIES = {"cosine": negative_cosine, "cross_entropy": softmax_cross_entropy}
 
 
-class SimSiamConfig(VariantConfig):
+class SimSiamConfig(ProjectedViewsConfig):
     """Config of SimSiam.
 
     Args:
@@ -56,11 +53,8 @@ class SimSiamConfig(VariantConfig):
     weights_licence: ClassVar[str] = "CC BY-NC 4.0"
     masks: ClassVar[str] = "nothing: two augmented crops of a picture"
     predicts: ClassVar[str] = "one view's projection from the other's"
-    backbones: ClassVar[tuple[str, ...]] = POOLED_BACKBONES
-    processor: ClassVar[str] = "MultiViewImageProcessor"
 
     projection_dim: int = 2048
-    projection_hidden_dim: int | None = None
     projection_layers: int = 3
     predictor_hidden_dim: int = 512
     similarity: str = "cosine"
@@ -69,41 +63,13 @@ class SimSiamConfig(VariantConfig):
     stop_gradient: bool = True
     heads_batch_norm: bool = True
     projector_last_affine: bool = False
-    zero_init_residual: bool = True
     fix_predictor_lr: bool = True
-
-    def __post_init__(self, **kwargs):
-        if self.backbone_config is None:
-            self.backbone_config = ResNetConfig()
-        super().__post_init__(**kwargs)
 
     def check(self) -> None:
         super().check()
         if self.similarity not in SIMILARITIES:
             raise ValueError(f"similarity is {self.similarity!r}; it must be one of {', '.join(SIMILARITIES)}.")
-        for name in ("projection_dim", "projection_hidden_dim", "projection_layers", "predictor_hidden_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
-
-    @property
-    def projector_sizes(self) -> list[int]:
-        hidden = self.projection_hidden_dim or self.hidden_size
-        return [self.hidden_size, *[hidden] * (self.projection_layers - 1), self.projection_dim]
-
-
-@dataclass
-class SimSiamModelOutput(BaseModelOutputWithPooling):
-    """Output of `SimSiamModel`.
-
-    Args:
-        last_hidden_state: the encoder's map or tokens.
-        pooler_output: (batch, width) features: the encoder's pooled output, what downstream tasks use.
-        projection: (batch, projection_dim), the paper's z.
-        hidden_states, attentions: of the encoder, when asked for.
-    """
-
-    projection: torch.Tensor | None = None
+        self._check_positive("predictor_hidden_dim")
 
 
 @dataclass
@@ -124,42 +90,17 @@ class SimSiamOutput(PreTrainingOutput):
     z_std: torch.Tensor | None = None
 
 
-class SimSiamPreTrainedModel(VariantModel):
+class SimSiamPreTrainedModel(ProjectedViewsModel):
     """Encoder and projector, with their initialisation and freezing."""
 
     config: SimSiamConfig
     decay_everything: ClassVar[bool] = True  # `main_simsiam.py`: SGD's weight decay on norms and biases too
-    sync_batch_norm: ClassVar[bool] = True
     logged_outputs: ClassVar[tuple[str, ...]] = ("z_std",)
-    declined_checks: ClassVar[dict[str, str]] = {
-        "ddp": "DDP equals one process only with SyncBatchNorm, which torch has not for CPU",
-        "accumulation": "batch norm takes its statistics over each batch, and two halves are not the whole",
-        "single_samples": "batch norm over the samples needs at least two in training",
-        "draws": "the processor draws the views, the model nothing",
-        "attentions": "transformers' ResNet has none",
-        "gradient_checkpointing": "transformers' ResNet has none",
-    }
 
     def __init__(self, config: SimSiamConfig):
         super().__init__(config)
         last_norm = ("affine" if config.projector_last_affine else "plain") if config.heads_batch_norm else None
         self.projector = MLPHead(config.projector_sizes, config.heads_batch_norm, last_norm)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if module is not self:
-            init_as_torch(module)
-        elif self.config.zero_init_residual:
-            for scale in last_scales_of_residual_blocks(self.backbone):
-                init.zeros_(scale)
-
-    def frozen_parameters(self):
-        if self.projector.redundant_bias is not None:
-            yield self.projector.redundant_bias
-        # A mask token of BEiT's or DINOv2's: no token is masked here.
-        mask_token = getattr(getattr(self.backbone, "embeddings", None), "mask_token", None)
-        if mask_token is not None:
-            yield mask_token
 
 
 class SimSiamModel(SimSiamPreTrainedModel):
@@ -170,29 +111,6 @@ class SimSiamModel(SimSiamPreTrainedModel):
     def __init__(self, config: SimSiamConfig):
         super().__init__(config)
         self.post_init()
-
-    @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> SimSiamModelOutput:
-        """Encodes pictures.
-
-        Args:
-            pixel_values: float (batch, channels, height, width), normalised.
-            kwargs: of the encoder, for example `output_hidden_states`.
-
-        Returns:
-            `SimSiamModelOutput`.
-
-        Raises:
-            ValueError: for other channels or another rank.
-        """
-        outputs, features = encode_pooled(self.backbone, pixel_values, **kwargs)
-        return SimSiamModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=features,
-            projection=self.projector(features),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
 
 
 class SimSiamForPreTraining(SimSiamPreTrainedModel):
@@ -223,8 +141,8 @@ class SimSiamForPreTraining(SimSiamPreTrainedModel):
         """
         check_views(pixel_values, num_views=2)
         first, second = pixel_values.unbind(dim=1)
-        outputs, z1 = self._project(first, **kwargs)  # (batch, projection_dim)
-        _, z2 = self._project(second, **kwargs)
+        outputs, z1 = project(self, first, **kwargs)  # (batch, projection_dim)
+        _, z2 = project(self, second, **kwargs)
         p1, p2 = self.predictor(z1), self.predictor(z2)  # (batch, projection_dim)
         loss, losses = self.loss(p1, p2, z1, z2) if return_loss else (None, None)
         return SimSiamOutput(
@@ -253,14 +171,6 @@ class SimSiamForPreTraining(SimSiamPreTrainedModel):
 
     def constant_learning_rate(self) -> set[str]:
         return {"predictor.*"} if self.config.fix_predictor_lr else set()
-
-    def pictures(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What there is to see, the views: name of the panel -> (batch, channels, height, width)."""
-        return {f"view {number}": view for number, view in enumerate(pixel_values.unbind(dim=1), start=1)}
-
-    def _project(self, view: torch.Tensor, **kwargs):
-        outputs, features = encode_pooled(self.backbone, view, **kwargs)
-        return outputs, self.projector(features)
 
 
 # Official name -> ours. The encoder's `fc` is the projector, and its layers count as ours do.
@@ -306,12 +216,6 @@ def tiny_config() -> SimSiamConfig:
     )
 
 
-def example_inputs(config: SimSiamConfig, batch: int) -> dict[str, torch.Tensor]:
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return {"pixel_values": torch.randn(batch, 2, config.num_channels, height, width)}
-
-
 register_variant(
     config=SimSiamConfig,
     pretraining=SimSiamForPreTraining,
@@ -319,5 +223,5 @@ register_variant(
     tiny_config=tiny_config,
     convert=convert_official_weights,
     official_config=official_config,
-    example_inputs=example_inputs,
+    example_inputs=example_views,
 )
