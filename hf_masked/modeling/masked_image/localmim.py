@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -150,6 +150,8 @@ class LocalMIMConfig(MAEConfig):
             raise ValueError(
                 f"tap_scales is {self.tap_scales}, and Swin predicts one cell per token of each stage: leave it out."
             )
+        if self.classifier_pooling != "mean":
+            raise ValueError(f"classifier_pooling is {self.classifier_pooling!r}; Swin has no class token, so 'mean'.")
         if self.decoder_hidden_size % (2 * self.decoder_num_attention_heads):
             raise ValueError(
                 f"decoder_hidden_size is {self.decoder_hidden_size}; the decoder of Swin's first stage is half as "
@@ -320,6 +322,18 @@ class LocalMIMPreTrainedModel(MAEPreTrainedModel):
         check_window(self.config.backbone_config, pixel_values.shape[-2:], self.config.mask_unit[0])
         return grid
 
+    def encode_whole(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
+        """Stock Swin on whole pictures."""
+        self._check_inputs(pixel_values, None)
+        size = interpolation_argument(self.backbone, tuple(pixel_values.shape[-2:]))
+        # Stock Swin leaves the cast to the caller.
+        outputs = self.backbone(pixel_values.to(self.backbone.dtype), **size, **kwargs)
+        return BaseModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
     def _visible_stages(self, pixel_values, visible, grid, **kwargs):
         """`visible_swin_stages`; raises a ValueError for what these cannot do."""
         if visible.shape[1] == 0:
@@ -357,18 +371,11 @@ class LocalMIMModel(LocalMIMPreTrainedModel, MAEModel):
         """
         if not self.config.is_swin:
             return super().forward(pixel_values, bool_masked_pos, **kwargs)
+        if bool_masked_pos is None:
+            return self.encode_whole(pixel_values, **kwargs)
         grid = self._check_inputs(pixel_values, bool_masked_pos)
-        if bool_masked_pos is not None:
-            stages = self._visible_stages(pixel_values, self._visible(bool_masked_pos, grid), grid, **kwargs)
-            return BaseModelOutput(last_hidden_state=self.backbone.layernorm(stages[-1][0]))
-        size = interpolation_argument(self.backbone, tuple(pixel_values.shape[-2:]))
-        # Stock Swin leaves the cast to the caller.
-        outputs = self.backbone(pixel_values.to(self.backbone.dtype), **size, **kwargs)
-        return BaseModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        stages = self._visible_stages(pixel_values, self._visible(bool_masked_pos, grid), grid, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.backbone.layernorm(stages[-1][0]))
 
 
 class LocalMIMForPreTraining(LocalMIMPreTrainedModel):
@@ -536,17 +543,23 @@ def mask_of_cells(bool_masked_pos: torch.Tensor, grid: tuple[int, int], scale: f
 
 
 class LocalMIMForImageClassification(LocalMIMPreTrainedModel, MAEForImageClassification):
-    """The fine-tuning encoder of ViTs, as MAE's (`models_vit.py`); Swin's (`models_swin.py`) is transformers' own."""
+    """The fine-tuning encoder, as MAE's (`models_vit.py`); Swin's likewise (`models_swin.py`)."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"backbone\.layernorm\..*", *PRETRAINING_WEIGHTS]
 
-    def __init__(self, config: LocalMIMConfig):
-        if config.is_swin:
-            raise ValueError(
-                "Swin needs no classifier of LocalMIM's: fine-tune the exported encoder with "
-                "AutoModelForImageClassification, which is the reference's."
-            )
-        super().__init__(config)
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutput:
+        """Classifies pictures; see `MAEForImageClassification.forward`."""
+        if not self.config.is_swin:
+            return super().forward(pixel_values, labels, **kwargs)
+        outputs = self.encode_whole(pixel_values, **kwargs)
+        logits = self.classifier(self.fc_norm(outputs.last_hidden_state.mean(dim=1)))
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 # The heads of the reference's models, by width: their checkpoints do not say.
@@ -627,11 +640,19 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: LocalM
     ours = {name: value for name, value in state_dict.items() if not name.startswith("hog_enc.")}
     if config.is_swin:
         ours = {name: value for name, value in ours.items() if not name.endswith(SWIN_BUFFERS)}
+        ours |= {name: _merging_by_columns(value) for name, value in ours.items() if ".downsample." in name}
         ours = rename_weights(ours, _SWIN_RENAMING)
     else:
         ours = convert_mae_weights(rename_weights(ours, _RENAMING), config)
     biases = [name for name in state_dict if name.startswith("hog_enc.") and name.endswith(".bias")]
     return ours | ({"hog_bias": torch.stack([state_dict[name] for name in sorted(biases)])} if biases else {})
+
+
+def _merging_by_columns(weight: torch.Tensor) -> torch.Tensor:
+    """Weights of patch merging, (..., 4 * width): the reference's pretraining has four tokens in raster order, while
+    Swin, the reference's fine-tuning included, has them column by column."""
+    upper_left, upper_right, lower_left, lower_right = weight.chunk(4, dim=-1)
+    return torch.cat([upper_left, lower_left, upper_right, lower_right], dim=-1)
 
 
 def tiny_config() -> LocalMIMConfig:
