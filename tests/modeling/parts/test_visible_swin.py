@@ -109,9 +109,11 @@ def test_masked_tokens_would_have_counted():
     assert (tokens - take(whole, positions)).abs().amax(dim=(1, 2)).min() > 0.1
 
 
-def test_samples_do_not_touch_and_windows_without_a_visible_token_are_harmless():
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_samples_do_not_touch_and_windows_without_a_visible_token_are_harmless(kernel):
     """One visible unit each, in different corners: most windows see nothing."""
     backbone, grid = small_swin(), (4, 4)
+    backbone.set_attn_implementation(kernel)
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[0, 0] = mask[1, 15] = False
     pixel_values = torch.randn(2, 3, 64, 64)
