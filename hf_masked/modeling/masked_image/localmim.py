@@ -173,7 +173,8 @@ class LocalMIMConfig(MAEConfig):
 
     @property
     def mask_unit(self) -> tuple[int, int]:
-        return pair(output_stride(self.backbone_config)) if self.is_swin else super().mask_unit
+        # Not the base's property: torch.compile cannot follow `super()` to one.
+        return pair(output_stride(self.backbone_config) if self.is_swin else self.backbone_config.patch_size)
 
     @property
     def taps(self) -> list[int]:
