@@ -1,9 +1,10 @@
 """LocalMIM: MAE whose reconstruction is asked of several layers, of the lower ones finely, of the upper ones coarsely.
 
 Haoqing Wang et al., "Masked Image Modeling with Local Multi-Scale Reconstruction", CVPR 2023, arXiv 2303.05251.
-Reference implementation: https://github.com/Haoqing-Wang/LocalMIM (`ViT/models_mim.py`).
+Reference implementation: https://github.com/Haoqing-Wang/LocalMIM (`ViT/models_mim.py`, `Swin/models_mim.py`).
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_masked.modeling.masked_image.mae import (
@@ -22,7 +25,15 @@ from hf_masked.modeling.masked_image.mae import (
 )
 from hf_masked.modeling.masked_image.mae import convert_official_weights as convert_mae_weights
 from hf_masked.modeling.outputs import PreTrainingOutput
-from hf_masked.modeling.parts.backbones import backbone_grid, num_prefix_tokens, tiny_vit, visible_feature_maps
+from hf_masked.modeling.parts.backbones import (
+    VISIBLE_TOKEN_BACKBONES,
+    backbone_grid,
+    check_window,
+    num_prefix_tokens,
+    output_stride,
+    tiny_vit,
+    visible_feature_maps,
+)
 from hf_masked.modeling.parts.decoders import MaskTokenDecoder
 from hf_masked.modeling.parts.heads import init_as_torch
 from hf_masked.modeling.parts.hog import (
@@ -33,12 +44,23 @@ from hf_masked.modeling.parts.hog import (
     units_to_cells,
 )
 from hf_masked.modeling.parts.losses import masked_mean
-from hf_masked.modeling.parts.patches import pair, patchify, unpatchify
-from hf_masked.modeling.parts.state_dicts import official_depth, official_vit_config, rename_weights
+from hf_masked.modeling.parts.patches import pair, patch_grid, patchify, unpatchify
+from hf_masked.modeling.parts.pooling import interpolation_argument
+from hf_masked.modeling.parts.relative_positions import TABLE
+from hf_masked.modeling.parts.state_dicts import (
+    SWIN_BUFFERS,
+    SWIN_RENAMING,
+    official_depth,
+    official_swin_config,
+    official_vit_config,
+    rename_weights,
+)
 from hf_masked.modeling.parts.targets import denormalize_patches, normalize_patches
+from hf_masked.modeling.parts.visible_swin import init_swin_as_mae, visible_swin_stages
 from hf_masked.modeling.registry import register_variant
+from hf_masked.processing.masks import num_masked_units
 
-# Cells per patch and axis that there is a head for.
+# Cells per patch and axis that there is a head for; the first are the paper's, of ViTs.
 SCALES = (4, 2, 1, 0.5)
 TARGETS = ("hog", "pixel")
 
@@ -47,12 +69,20 @@ class LocalMIMConfig(MAEConfig):
     """Config of LocalMIM: MAE's, with smaller decoders, and what each of them reads and predicts.
 
     Args:
+        backbone_config: a ViT, DeiT or DINOv2 config, ViT-B/16 by default, or one of Swin. Swin's stages stand for
+            layers; each predicts after its patch merging. What is masked are units of the last stage's stride, 32
+            pixels.
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: of
+            each decoder. With Swin that of the first stage, which has the most tokens, is half as wide; the
+            reference's Swin-B has 128, 1, 4 and 512.
         tap_indices: the layers that predict, from 0, ascending, negative ones counted from the end; the last layer is
-            one of them. By default the paper's 1, 3, -3 and -1, or 0, 1, -2 and -1 of fewer than seven layers.
-        tap_scales: of each of them, cells per patch and axis: 4, 2, 1 or 0.5.
+            one of them. By default the paper's 1, 3, -3 and -1, or 0, 1, -2 and -1 of fewer than seven layers; all
+            stages of Swin.
+        tap_scales: of each of them, cells per patch and axis: 4, 2, 1 or 0.5; by default these four. Swin predicts one
+            cell per token, and takes none.
         target: "hog", or "pixel" (normalised per cell with `norm_pix_loss`).
-        hog_bins: directions in half a turn (the reference's README: 9 for ViT-B, 18 for ViT-L).
-        hog_random_bias: adds fixed random numbers to the gradients, as the reference does for ViT-L.
+        hog_bins: directions in half a turn (the reference's README: 9 for ViT-B, 18 for ViT-L and Swin).
+        hog_random_bias: adds fixed random numbers to the gradients, as the reference does for ViT-L and Swin.
     """
 
     model_type = "hf_masked_localmim"
@@ -62,13 +92,14 @@ class LocalMIMConfig(MAEConfig):
     reference_repository: ClassVar[str] = "https://github.com/Haoqing-Wang/LocalMIM"
     masks: ClassVar[str] = "random patches, dropped before the encoder"
     predicts: ClassVar[str] = "HOG or pixels of the masked patches at several scales, from several layers"
+    backbones: ClassVar[tuple[str, ...]] = (*VISIBLE_TOKEN_BACKBONES, "swin")
 
     decoder_hidden_size: int = 256
     decoder_num_hidden_layers: int = 1
     decoder_num_attention_heads: int = 8
     decoder_intermediate_size: int = 1024
     tap_indices: list[int] | tuple[int, ...] | None = None
-    tap_scales: list[int | float] | tuple[int | float, ...] = (4, 2, 1, 0.5)
+    tap_scales: list[int | float] | tuple[int | float, ...] | None = None
     target: str = "hog"
     hog_bins: int = 9
     hog_random_bias: bool = False
@@ -76,7 +107,7 @@ class LocalMIMConfig(MAEConfig):
     def __post_init__(self, **kwargs):
         # As JSON gives them back.
         self.tap_indices = None if self.tap_indices is None else list(self.tap_indices)
-        self.tap_scales = list(self.tap_scales)
+        self.tap_scales = None if self.tap_scales is None else list(self.tap_scales)
         super().__post_init__(**kwargs)
 
     def check(self) -> None:
@@ -88,43 +119,91 @@ class LocalMIMConfig(MAEConfig):
                 f"tap_indices={self.tap_indices} are the layers {taps} of {layers}; give ascending ones, of which the "
                 f"last is {layers - 1}, and as many tap_scales."
             )
-        if len(self.tap_scales) != len(taps) or not set(self.tap_scales) <= set(SCALES):
+        if not self.is_swin and (len(self.scales) != len(taps) or not set(self.scales) <= set(SCALES)):
             raise ValueError(
-                f"tap_scales is {self.tap_scales}; give one of {', '.join(map(str, SCALES))} for each of the "
-                f"{len(taps)} layers that predict."
+                f"tap_scales is {self.scales}; give one of {', '.join(map(str, SCALES))} for each of the {len(taps)} "
+                "layers that predict."
             )
-        patch = pair(self.backbone_config.patch_size)
-        if any(side % max(self.tap_scales) for side in patch):
+        if any(side % max(self.scales) for side in self.mask_unit):
             raise ValueError(
-                f"Patches of {patch[0]} x {patch[1]} pixels cannot be cut into {max(self.tap_scales)} cells per axis: "
-                "choose smaller tap_scales."
+                f"Patches of {self.mask_unit[0]} x {self.mask_unit[1]} pixels cannot be cut into {max(self.scales)} "
+                "cells per axis: choose smaller tap_scales."
             )
-        self.check_grid(backbone_grid(self.backbone_config))
+        self.check_grid(patch_grid(*pair(self.image_size), self.mask_unit))
         if self.target not in TARGETS:
             raise ValueError(f"target is {self.target!r}; it must be one of {', '.join(TARGETS)}.")
         if self.hog_bins < 1:
             raise ValueError(f"hog_bins is {self.hog_bins}; it must be at least 1. The paper's is 9.")
 
+    def check_backbone(self) -> None:
+        if not self.is_swin:
+            return super().check_backbone()
+        (stride, _), size = self.mask_unit, pair(self.image_size)
+        grid = patch_grid(*size, self.mask_unit)
+        check_window(self.backbone_config, size, stride)
+        if num_masked_units(grid, self.mask_ratio) == math.prod(grid):
+            raise ValueError(
+                f"mask_ratio={self.mask_ratio} masks all of the {grid[0]} x {grid[1]} units of {stride} pixels: "
+                "choose a smaller ratio, larger pictures, or a Swin with fewer stages."
+            )
+        if self.tap_scales is not None:
+            raise ValueError(
+                f"tap_scales is {self.tap_scales}, and Swin predicts one cell per token of each stage: leave it out."
+            )
+        if self.classifier_pooling != "mean":
+            raise ValueError(f"classifier_pooling is {self.classifier_pooling!r}; Swin has no class token, so 'mean'.")
+        if self.decoder_hidden_size % (2 * self.decoder_num_attention_heads):
+            raise ValueError(
+                f"decoder_hidden_size is {self.decoder_hidden_size}; the decoder of Swin's first stage is half as "
+                f"wide, so it must be a multiple of {2 * self.decoder_num_attention_heads}, twice "
+                "decoder_num_attention_heads."
+            )
+
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Raises a ValueError for a grid of patches that cells of two by two patches do not tile."""
-        if min(self.tap_scales) < 1 and (grid[0] % 2 or grid[1] % 2):
+        if min(self.scales) < 1 and (grid[0] % 2 or grid[1] % 2):
             raise ValueError(
-                f"tap_scales={self.tap_scales} has cells of 2 x 2 patches, which do not tile a grid of {grid[0]} x "
+                f"tap_scales={self.scales} has cells of 2 x 2 patches, which do not tile a grid of {grid[0]} x "
                 f"{grid[1]} patches: resize the pictures to an even number of patches, or use 1 in place of 0.5."
             )
+
+    @property
+    def is_swin(self) -> bool:
+        return self.backbone_config.model_type == "swin"
+
+    @property
+    def mask_unit(self) -> tuple[int, int]:
+        # Not the base's property: torch.compile cannot follow `super()` to one.
+        return pair(output_stride(self.backbone_config) if self.is_swin else self.backbone_config.patch_size)
 
     @property
     def taps(self) -> list[int]:
         """The layers that predict, counted from the first."""
         layers = self.backbone_config.num_hidden_layers
         indices = self.tap_indices
-        if indices is None:
+        if indices is None and self.is_swin:
+            indices = range(layers)
+        elif indices is None:
             indices = (1, 3, -3, -1) if layers >= 7 else (0, 1, -2, -1)
         return [index + layers if index < 0 else index for index in indices]
 
+    @property
+    def scales(self) -> list[int | float]:
+        """Of each of these layers, cells per masked unit and axis."""
+        if not self.is_swin:
+            return list(SCALES) if self.tap_scales is None else self.tap_scales
+        # Every stage but the last ends with patch merging.
+        return [2 ** max(0, self.backbone_config.num_hidden_layers - 2 - stage) for stage in self.taps]
+
+    def tap_width(self, layer: int) -> int:
+        """Width of a layer's output."""
+        if not self.is_swin:
+            return self.hidden_size
+        return self.backbone_config.embed_dim * 2 ** min(layer + 1, self.backbone_config.num_hidden_layers - 1)
+
     def cell_size(self, scale: float) -> tuple[int, int]:
         """(height, width) of a cell in pixels."""
-        height, width = pair(self.backbone_config.patch_size)
+        height, width = self.mask_unit
         return int(height / scale), int(width / scale)
 
     def values_per_cell(self, scale: float) -> int:
@@ -195,29 +274,125 @@ class LocalDecoder(nn.Module):
         return cells.flatten(2).transpose(1, 2)
 
 
+def swin_decoder(config: LocalMIMConfig, stage: int, scale: int) -> MaskTokenDecoder:
+    """MAE's decoder in small for a stage of Swin; what it predicts are the cells that the stage's tokens stand for."""
+    narrowing = 2 if stage == 0 else 1
+    return MaskTokenDecoder(
+        config,
+        encoder_size=config.tap_width(stage),
+        hidden_size=config.decoder_hidden_size // narrowing,
+        num_hidden_layers=config.decoder_num_hidden_layers,
+        num_attention_heads=config.decoder_num_attention_heads,
+        intermediate_size=config.decoder_intermediate_size // narrowing,
+        grid=patch_grid(*pair(config.image_size), config.cell_size(scale)),
+        output_size=config.values_per_cell(scale),
+        num_prefix_tokens=0,
+    )
+
+
 # What only pretraining has.
 PRETRAINING_WEIGHTS = [r"decoders\..*", r"tap_norms\..*", "hog_bias"]
 
 
-class LocalMIMModel(MAEModel):
+class LocalMIMPreTrainedModel(MAEPreTrainedModel):
+    """What all classes of LocalMIM share: MAE's part for ViTs, and the same for Swin."""
+
+    config: LocalMIMConfig
+
+    def post_init(self):
+        super().post_init()
+        # The masked encoder calls the layers inside of stages, so those are no units of FSDP.
+        self._no_split_modules.discard("SwinStage")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self and self.config.is_swin:
+            init_swin_as_mae(self.backbone)
+        else:
+            super()._init_weights(module)
+
+    def frozen_parameters(self):
+        return () if self.config.is_swin else super().frozen_parameters()
+
+    def no_weight_decay(self) -> set[str]:
+        # `run_pretrain.py`, which differs between ViT and Swin.
+        return {TABLE, "mask_token"} if self.config.is_swin else super().no_weight_decay()
+
+    def _check_inputs(self, pixel_values, bool_masked_pos):
+        grid = super()._check_inputs(pixel_values, bool_masked_pos)
+        check_window(self.config.backbone_config, pixel_values.shape[-2:], self.config.mask_unit[0])
+        return grid
+
+    def encode_whole(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
+        """Stock Swin on whole pictures."""
+        self._check_inputs(pixel_values, None)
+        size = interpolation_argument(self.backbone, tuple(pixel_values.shape[-2:]))
+        # Stock Swin leaves the cast to the caller.
+        outputs = self.backbone(pixel_values.to(self.backbone.dtype), **size, **kwargs)
+        return BaseModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _visible_stages(self, pixel_values, visible, grid, **kwargs):
+        """`visible_swin_stages`; raises a ValueError for what these cannot do."""
+        if visible.shape[1] == 0:
+            raise ValueError(
+                "`bool_masked_pos` masks everything: leave Swin, which has no class token, a unit to see."
+            )
+        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+            raise ValueError(
+                "Swin records hidden states and attentions of whole pictures only: ask LocalMIMModel, without a mask."
+            )
+        return visible_swin_stages(self.backbone, pixel_values, visible, grid)
+
+
+class LocalMIMModel(LocalMIMPreTrainedModel, MAEModel):
     """The encoder, as MAE's: without a mask the plain backbone, with one it sees the visible patches only."""
 
-    config: LocalMIMConfig
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = PRETRAINING_WEIGHTS
 
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
+        """Encodes pictures.
 
-class LocalMIMForPreTraining(MAEPreTrainedModel):
+        Args:
+            pixel_values: float (batch, channels, height, width), normalised; the patch (Swin: the last stage's stride)
+                must divide both sizes.
+            bool_masked_pos: bool (batch, units), True = masked, the same count in each row.
+
+        Returns:
+            last_hidden_state: (batch, prefix + visible, hidden), the class token first; Swin has none.
+
+        Raises:
+            ValueError: for other channels, sizes or mask shapes.
+        """
+        if not self.config.is_swin:
+            return super().forward(pixel_values, bool_masked_pos, **kwargs)
+        if bool_masked_pos is None:
+            return self.encode_whole(pixel_values, **kwargs)
+        grid = self._check_inputs(pixel_values, bool_masked_pos)
+        stages = self._visible_stages(pixel_values, self._visible(bool_masked_pos, grid), grid, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.backbone.layernorm(stages[-1][0]))
+
+
+class LocalMIMForPreTraining(LocalMIMPreTrainedModel):
     """Encoder, a decoder for each layer that predicts, and the sum of their losses on masked patches."""
-
-    config: LocalMIMConfig
 
     def __init__(self, config: LocalMIMConfig):
         super().__init__(config)
         # Each layer that predicts has a norm of its own; the last layer's is the backbone's.
         self.tap_norms = nn.ModuleList(
-            nn.LayerNorm(config.hidden_size, eps=config.backbone_config.layer_norm_eps) for _ in config.taps[:-1]
+            nn.LayerNorm(config.tap_width(layer), eps=config.backbone_config.layer_norm_eps)
+            for layer in config.taps[:-1]
         )
-        self.decoders = nn.ModuleList(LocalDecoder(config, scale) for scale in config.tap_scales)
+        self.decoders = nn.ModuleList(
+            swin_decoder(config, layer, scale) if config.is_swin else LocalDecoder(config, scale)
+            for layer, scale in zip(config.taps, config.scales, strict=True)
+        )
         self.register_buffer("hog_bias", torch.zeros(len(config.taps), 2) if config.hog_random_bias else None)
         self.post_init()
 
@@ -244,7 +419,7 @@ class LocalMIMForPreTraining(MAEPreTrainedModel):
 
         Args:
             pixel_values: float (batch, channels, height, width), normalised; the patch must divide both sizes, two
-                patches where there are cells of 2 x 2 patches.
+                patches where there are cells of 2 x 2 patches, and of Swin the last stage's stride.
             bool_masked_pos: bool (batch, units), True = masked, the same count in each row; drawn here by default.
             noise: float (batch, units), distinct numbers from which to draw the mask: the smallest stay visible.
             generator: to draw the mask from.
@@ -260,18 +435,13 @@ class LocalMIMForPreTraining(MAEPreTrainedModel):
         if bool_masked_pos is None:
             bool_masked_pos = self.draw_mask(pixel_values, grid, noise, generator)
         visible = self._visible(bool_masked_pos, grid)  # (batch, visible)
-        feature_maps = visible_feature_maps(self.backbone, pixel_values, visible, **kwargs)
-        taps = [feature_maps[layer + 1] for layer in self.config.taps]
-        norms = [*self.tap_norms, self.backbone.layernorm]
-        taps = [
-            norm(tokens) for norm, tokens in zip(norms, taps, strict=True)
-        ]  # (batch, prefix + visible, hidden) each
-        logits = tuple(decoder(tokens, visible, grid) for decoder, tokens in zip(self.decoders, taps, strict=True))
+        taps = self.encode_taps(pixel_values, visible, grid, **kwargs)
+        logits = tuple(decoder(*tap) for decoder, tap in zip(self.decoders, taps, strict=True))
         losses = self.tap_losses(pixel_values, logits, bool_masked_pos, grid) if return_loss else None
         return LocalMIMOutput(
             loss=None if losses is None else sum(losses.values()),
             losses=None if losses is None else {name: part.detach() for name, part in losses.items()},
-            last_hidden_state=taps[-1],
+            last_hidden_state=taps[-1][0],
             logits=logits,
             mask=bool_masked_pos,
         )
@@ -281,10 +451,29 @@ class LocalMIMForPreTraining(MAEPreTrainedModel):
         self.config.check_grid(grid)
         return grid
 
+    def encode_taps(
+        self, pixel_values: torch.Tensor, visible: torch.Tensor, grid: tuple[int, int], **kwargs
+    ) -> list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]:
+        """Of each layer that predicts: its normalised tokens, the raster positions of those of patches, and the grid.
+
+        Returns:
+            (batch, prefix + visible, hidden), int64 (batch, visible) and (rows, columns), by the layer. A visible unit
+            has several tokens in Swin's lower stages.
+        """
+        if self.config.is_swin:
+            layers = self._visible_stages(pixel_values, visible, grid, **kwargs)
+        else:
+            feature_maps = visible_feature_maps(self.backbone, pixel_values, visible, **kwargs)
+            layers = [(tokens, visible, grid) for tokens in feature_maps[1:]]
+        norms = [*self.tap_norms, self.backbone.layernorm]
+        return [
+            (norm(layers[index][0]), *layers[index][1:]) for norm, index in zip(norms, self.config.taps, strict=True)
+        ]
+
     def targets(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """What each layer should predict: float32 (batch, cells, values)."""
         config = self.config
-        sizes = [config.cell_size(scale) for scale in config.tap_scales]
+        sizes = [config.cell_size(scale) for scale in config.scales]
         if config.target == "pixel":
             cells = [patchify(pixel_values.float(), size) for size in sizes]
             return [normalize_patches(values) for values in cells] if config.norm_pix_loss else cells
@@ -295,9 +484,9 @@ class LocalMIMForPreTraining(MAEPreTrainedModel):
             ]
         else:
             # The larger cells are made from the smallest ones.
-            finest = max(config.tap_scales)
+            finest = max(config.scales)
             smallest = gradient_histograms(pixel_values, config.cell_size(finest), config.hog_bins)
-            histograms = [pooled_histograms(smallest, int(finest / scale)) for scale in config.tap_scales]
+            histograms = [pooled_histograms(smallest, int(finest / scale)) for scale in config.scales]
         return [cells_to_units(F.normalize(values, dim=2)) for values in histograms]
 
     def tap_losses(self, pixel_values, logits, bool_masked_pos, grid) -> dict[str, torch.Tensor]:
@@ -307,7 +496,7 @@ class LocalMIMForPreTraining(MAEPreTrainedModel):
         """
         losses = {}
         for layer, scale, predicted, target in zip(
-            self.config.taps, self.config.tap_scales, logits, self.targets(pixel_values), strict=True
+            self.config.taps, self.config.scales, logits, self.targets(pixel_values), strict=True
         ):
             error = (predicted.float() - target).square().mean(dim=-1)  # (batch, cells)
             losses[f"layer_{layer}"] = masked_mean(error, mask_of_cells(bool_masked_pos, grid, scale))
@@ -322,11 +511,10 @@ class LocalMIMForPreTraining(MAEPreTrainedModel):
         """
         output = self(pixel_values, bool_masked_pos, return_loss=False)
         grid = self._check_inputs(pixel_values, None)
-        patch_size = pair(self.config.backbone_config.patch_size)
-        masked = patchify(pixel_values, patch_size).masked_fill(output.mask.unsqueeze(-1), 0.0)
-        panels = {"picture": pixel_values, "masked": unpatchify(masked, grid, patch_size)}
+        masked = patchify(pixel_values, self.config.mask_unit).masked_fill(output.mask.unsqueeze(-1), 0.0)
+        panels = {"picture": pixel_values, "masked": unpatchify(masked, grid, self.config.mask_unit)}
         for layer, scale, predicted, target in zip(
-            self.config.taps, self.config.tap_scales, output.logits, self.targets(pixel_values), strict=True
+            self.config.taps, self.config.scales, output.logits, self.targets(pixel_values), strict=True
         ):
             hidden = mask_of_cells(output.mask, grid, scale).unsqueeze(-1) > 0
             predicted = torch.where(hidden, predicted.float(), target)
@@ -346,7 +534,7 @@ class LocalMIMForPreTraining(MAEPreTrainedModel):
 
 
 def mask_of_cells(bool_masked_pos: torch.Tensor, grid: tuple[int, int], scale: float) -> torch.Tensor:
-    """The share of each cell that is masked: float (batch, cells), for `scale` cells per patch and axis."""
+    """The share of each cell that is masked: float (batch, cells), for `scale` cells per unit and axis."""
     mask = bool_masked_pos.float().unflatten(1, grid)
     if scale < 1:
         mask = F.avg_pool2d(mask, int(1 / scale))
@@ -355,11 +543,24 @@ def mask_of_cells(bool_masked_pos: torch.Tensor, grid: tuple[int, int], scale: f
     return mask.flatten(1)
 
 
-class LocalMIMForImageClassification(MAEForImageClassification):
-    """The fine-tuning encoder, as MAE's (`models_vit.py`)."""
+class LocalMIMForImageClassification(LocalMIMPreTrainedModel, MAEForImageClassification):
+    """The fine-tuning encoder, as MAE's (`models_vit.py`); Swin's likewise (`models_swin.py`)."""
 
-    config: LocalMIMConfig
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"backbone\.layernorm\..*", *PRETRAINING_WEIGHTS]
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutput:
+        """Classifies pictures; see `MAEForImageClassification.forward`."""
+        if not self.config.is_swin:
+            return super().forward(pixel_values, labels, **kwargs)
+        outputs = self.encode_whole(pixel_values, **kwargs)
+        logits = self.classifier(self.fc_norm(outputs.last_hidden_state.mean(dim=1)))
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 # The heads of the reference's models, by width: their checkpoints do not say.
@@ -367,13 +568,16 @@ OFFICIAL_HEADS = {384: 6, 768: 12, 1024: 16}
 
 
 def official_config(state_dict: dict[str, torch.Tensor]) -> LocalMIMConfig:
-    """The config of an official pretraining checkpoint of a ViT, read from its shapes.
+    """The config of an official pretraining checkpoint, read from its shapes.
 
     Raises:
-        ValueError: for a checkpoint of a Swin, or of an unknown width, because of its number of heads.
+        ValueError: for other checkpoints, for a ViT of an unknown width, because of its number of heads, and for Swin
+            with windows of 14, which stock Swin cannot have at 224 pixels.
     """
+    if "decoder.3.pred.weight" in state_dict and "encoder.norm.3.weight" in state_dict:
+        return _official_swin_config(state_dict)
     if "blocks.0.attn.qkv.weight" not in state_dict or "decoder.3.pred.1.weight" not in state_dict:
-        raise ValueError("The checkpoint holds no LocalMIM pretraining of a ViT; those of Swin are not converted.")
+        raise ValueError("The checkpoint holds no LocalMIM pretraining, neither of a ViT nor of a Swin.")
     backbone_config = official_vit_config(state_dict, OFFICIAL_HEADS)
     return LocalMIMConfig(
         backbone_config=backbone_config,
@@ -385,10 +589,31 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> LocalMIMConfig:
     )
 
 
+def _official_swin_config(state_dict: dict[str, torch.Tensor]) -> LocalMIMConfig:
+    # A token of the last stage is as many pixels wide as its patch convolution and three mergings make it.
+    side = math.isqrt(state_dict["decoder.3.pos_embed"].shape[1])
+    image_size = side * 8 * state_dict["encoder.patch_embed.proj.weight"].shape[-1]
+    backbone_config = official_swin_config(state_dict, image_size, layer_norm_eps=1e-6)
+    settings: dict = {"target": "pixel"}
+    if "hog_enc.0.conv.weight" in state_dict:
+        settings = {
+            "hog_bins": state_dict["decoder.3.pred.weight"].shape[0] // backbone_config.num_channels,
+            "hog_random_bias": "hog_enc.0.conv.bias" in state_dict,
+        }
+    return LocalMIMConfig(
+        backbone_config=backbone_config,
+        decoder_hidden_size=state_dict["decoder.3.embed.weight"].shape[0],
+        decoder_num_hidden_layers=official_depth(state_dict, "decoder.3.blocks"),
+        decoder_num_attention_heads=4,  # of all of the reference's Swins; checkpoints do not say
+        decoder_intermediate_size=state_dict["decoder.3.blocks.0.mlp.fc1.weight"].shape[0],
+        **settings,
+    )
+
+
 # Official name -> ours, of what MAE does not have.
 _RENAMING = (
-    (r"^norm\.3\.", "backbone.layernorm."),
-    (r"^norm\.([012])\.", r"tap_norms.\1."),
+    (r"^(encoder\.)?norm\.3\.", "backbone.layernorm."),
+    (r"^(encoder\.)?norm\.([012])\.", r"tap_norms.\2."),
     (r"^decoder\.(\d+)\.pred\.", r"decoders.\1.head."),
     (r"^decoder\.(\d+)\.", r"decoders.\1.transformer."),
     (r"^(decoders\.\d+\.transformer)\.embed\.", r"\1.embedding."),
@@ -401,20 +626,34 @@ _RENAMING = (
     (r"^(decoders\..*)\.mlp\.fc1\.", r"\1.feed_forward.0."),
     (r"^(decoders\..*)\.mlp\.fc2\.", r"\1.feed_forward.2."),
 )
+# Swin's decoders have no head of their own behind the Transformer's.
+_SWIN_RENAMING = (*_RENAMING, (r"^(decoders\.\d+)\.transformer\.", r"\1."), *SWIN_RENAMING)
 
 
 def convert_official_weights(state_dict: dict[str, torch.Tensor], config: LocalMIMConfig) -> dict[str, torch.Tensor]:
     """Official names to ours; names that are not known stay as they are, for strict loading to report.
 
     Args:
-        state_dict: of the reference's `MaskedAutoencoderViT`.
-        config: unused here; other variants' conversions need it.
+        state_dict: of the reference's `MaskedAutoencoderViT` or `MaskedAutoencoderSwin`.
+        config: of the model, which says which of the two it is.
     """
     # The Sobel kernels of the target, one per scale, and their biases.
     ours = {name: value for name, value in state_dict.items() if not name.startswith("hog_enc.")}
-    ours = convert_mae_weights(rename_weights(ours, _RENAMING), config)
+    if config.is_swin:
+        ours = {name: value for name, value in ours.items() if not name.endswith(SWIN_BUFFERS)}
+        ours |= {name: _merging_by_columns(value) for name, value in ours.items() if ".downsample." in name}
+        ours = rename_weights(ours, _SWIN_RENAMING)
+    else:
+        ours = convert_mae_weights(rename_weights(ours, _RENAMING), config)
     biases = [name for name in state_dict if name.startswith("hog_enc.") and name.endswith(".bias")]
     return ours | ({"hog_bias": torch.stack([state_dict[name] for name in sorted(biases)])} if biases else {})
+
+
+def _merging_by_columns(weight: torch.Tensor) -> torch.Tensor:
+    """Weights of patch merging, (..., 4 * width): the reference's pretraining has four tokens in raster order, while
+    Swin, the reference's fine-tuning included, has them column by column."""
+    upper_left, upper_right, lower_left, lower_right = weight.chunk(4, dim=-1)
+    return torch.cat([upper_left, lower_left, upper_right, lower_right], dim=-1)
 
 
 def tiny_config() -> LocalMIMConfig:

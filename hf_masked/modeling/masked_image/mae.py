@@ -67,8 +67,12 @@ class MAEConfig(MaskedPatchesConfig):
 
     def check(self) -> None:
         super().check()
-        check_visible_token_backbone(self.backbone_config)
+        self.check_backbone()
         check_decoder_and_pooling(self)
+
+    def check_backbone(self) -> None:
+        """Raises a ValueError for a backbone that cannot encode visible patches alone."""
+        check_visible_token_backbone(self.backbone_config)
 
     @classmethod
     def of_backbone(cls, backbone_config: PreTrainedConfig, **arguments) -> "MAEConfig":

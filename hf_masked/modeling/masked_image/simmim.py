@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedImageModeling, BeitConfig, PreTrainedConfig, SwinConfig
+from transformers import AutoModelForMaskedImageModeling, BeitConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -23,7 +23,14 @@ from hf_masked.modeling.parts.heads import PixelShuffleHead, init_as_torch
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, patch_grid
 from hf_masked.modeling.parts.relative_positions import TABLE
-from hf_masked.modeling.parts.state_dicts import official_depth, rename_weights
+from hf_masked.modeling.parts.state_dicts import (
+    SWIN_BUFFERS,
+    SWIN_RENAMING,
+    official_depth,
+    official_swin_config,
+    rename_weights,
+    window_of_table,
+)
 from hf_masked.modeling.registry import register_variant
 from hf_masked.processing.masks import num_masked_units
 
@@ -280,7 +287,7 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> SimMIMConfig:
     if "encoder.rel_pos_bias.relative_position_bias_table" in state_dict:
         return SimMIMConfig(backbone_config=_official_vit(state_dict))
     if "encoder.layers.0.blocks.0.attn.relative_position_bias_table" in state_dict:
-        return SimMIMConfig(backbone_config=_official_swin(state_dict))
+        return SimMIMConfig(backbone_config=official_swin_config(state_dict))
     raise ValueError(
         "The checkpoint holds no SimMIM pretraining: no relative positions under encoder.rel_pos_bias (ViT) or "
         "encoder.layers (Swin). Fine-tuned checkpoints are not converted."
@@ -289,60 +296,27 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> SimMIMConfig:
 
 def _official_vit(state_dict: dict[str, torch.Tensor]) -> BeitConfig:
     hidden_size, num_channels, patch_size, _ = state_dict["encoder.patch_embed.proj.weight"].shape
-    positions, heads = state_dict["encoder.rel_pos_bias.relative_position_bias_table"].shape
+    table = state_dict[f"encoder.rel_pos_bias.{TABLE}"]
     return beit_vit(
         hidden_size=hidden_size,
         num_hidden_layers=official_depth(state_dict, "encoder.blocks"),
-        num_attention_heads=heads,
+        num_attention_heads=table.shape[1],
         intermediate_size=state_dict["encoder.blocks.0.mlp.fc1.weight"].shape[0],
-        image_size=_window(positions - 3) * patch_size,
+        image_size=window_of_table(table, others=3) * patch_size,
         patch_size=patch_size,
         num_channels=num_channels,
     )
-
-
-def _official_swin(state_dict: dict[str, torch.Tensor]) -> SwinConfig:
-    embed_dim, num_channels, patch_size, _ = state_dict["encoder.patch_embed.proj.weight"].shape
-    stages = range(official_depth(state_dict, "encoder.layers"))
-    tables = [state_dict[f"encoder.layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in stages]
-    window_size = _window(tables[0].shape[0])
-    # The mask of the shifted windows says how many windows the first stage has.
-    windows = state_dict["encoder.layers.0.blocks.1.attn_mask"].shape[0]
-    return SwinConfig(
-        embed_dim=embed_dim,
-        depths=[official_depth(state_dict, f"encoder.layers.{stage}.blocks") for stage in stages],
-        num_heads=[table.shape[1] for table in tables],
-        window_size=window_size,
-        mlp_ratio=state_dict["encoder.layers.0.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-        drop_path_rate=0.0,
-        image_size=math.isqrt(windows) * window_size * patch_size,
-        patch_size=patch_size,
-        num_channels=num_channels,
-    )
-
-
-def _window(positions: int) -> int:
-    """The side of a window that has so many relative positions, (2 side - 1) squared."""
-    return (math.isqrt(positions) + 1) // 2
 
 
 # Official name -> ours, of both encoders.
 _RENAMING = (
     (r"^encoder\.(cls_token|mask_token)$", r"backbone.embeddings.\1"),
-    (r"^encoder\.(pos_embed|absolute_pos_embed)$", "backbone.embeddings.position_embeddings"),
-    (r"^encoder\.patch_embed\.proj\.", "backbone.embeddings.patch_embeddings.projection."),
-    (r"^encoder\.patch_embed\.norm\.", "backbone.embeddings.norm."),
-    (r"^encoder\.norm\.", "backbone.layernorm."),
+    (r"^encoder\.pos_embed$", "backbone.embeddings.position_embeddings"),
     (r"^encoder\.rel_pos_bias\.", "backbone.shared_position_bias."),
     (r"^encoder\.blocks\.", "backbone.layers."),
-    (r"^encoder\.layers\.", "backbone.encoder.layers."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
     (r"\.gamma_([12])$", r".lambda_\1"),
-    (r"\.attn\.qkv\.", ".attention.{qkv}_proj."),
     (r"\.attn\.([qv])_bias$", r".attention.\1_proj.bias"),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
-    (rf"\.attn\.{TABLE}$", rf".attention.relative_position_bias.{TABLE}"),
+    *SWIN_RENAMING,
 )
 
 
@@ -353,9 +327,8 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: SimMIM
         state_dict: of the reference's `SimMIM`, encoder and decoder.
         config: unused here; other variants' conversions need it.
     """
-    # Buffers that follow from the window and the picture's size.
-    tables = ("relative_position_index", "attn_mask")
-    return rename_weights({name: value for name, value in state_dict.items() if not name.endswith(tables)}, _RENAMING)
+    weights = {name: value for name, value in state_dict.items() if not name.endswith(SWIN_BUFFERS)}
+    return rename_weights(weights, _RENAMING)
 
 
 def tiny_config() -> SimMIMConfig:

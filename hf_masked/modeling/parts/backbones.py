@@ -335,15 +335,21 @@ def init_vit_as_mae(backbone: PreTrainedModel, fixed_positions: bool) -> None:
     for token in (embeddings.cls_token, getattr(embeddings, "distillation_token", None)):
         if token is not None:
             init.normal_(token, std=0.02)
-    for name, module in _layers(backbone).named_modules():
+    init_layers_as_mae(_layers(backbone))
+    if fixed_positions:
+        init.copy_(embeddings.position_embeddings, sincos_table_of(backbone.config))
+
+
+@torch.no_grad()
+def init_layers_as_mae(layers: nn.Module) -> None:
+    """Xavier-uniform for the linear layers of stock blocks, with queries, keys and values counted as one matrix."""
+    for name, module in layers.named_modules():
         if isinstance(module, nn.Linear):
             is_qkv = name.rsplit(".", 1)[-1] in ("q_proj", "k_proj", "v_proj")
             # One third of a (3 hidden, hidden) matrix has the bound sqrt(6 / 4 hidden), not sqrt(6 / 2 hidden).
             init.xavier_uniform_(module.weight, gain=math.sqrt(0.5) if is_qkv else 1.0)
             if module.bias is not None:
                 init.zeros_(module.bias)
-    if fixed_positions:
-        init.copy_(embeddings.position_embeddings, sincos_table_of(backbone.config))
 
 
 def last_scales_of_residual_blocks(backbone: PreTrainedModel) -> Iterator[nn.Parameter]:

@@ -1,9 +1,12 @@
 """Official state dicts into the names of transformers."""
 
+import math
 import re
 
 import torch
-from transformers import ResNetConfig, ViTConfig
+from transformers import ResNetConfig, SwinConfig, ViTConfig
+
+from hf_masked.modeling.parts.relative_positions import TABLE
 
 # In a replacement, stands for each of q, k and v: the tensor is a stack of queries, keys and values.
 QKV = "{qkv}"
@@ -29,6 +32,22 @@ TIMM_RESNET_RENAMING = (
     *((rf"(layers\.\d+)\.conv{layer + 1}\.", rf"\1.layer.{layer}.convolution.") for layer in range(3)),
     *((rf"(layers\.\d+)\.bn{layer + 1}\.", rf"\1.layer.{layer}.normalization.") for layer in range(3)),
 )
+
+# Of the official Swin, as a method's `encoder`, to a stock Swin as our `backbone`; what a method adds goes first.
+SWIN_RENAMING = (
+    (r"^encoder\.absolute_pos_embed$", "backbone.embeddings.position_embeddings"),
+    (r"^encoder\.patch_embed\.proj\.", "backbone.embeddings.patch_embeddings.projection."),
+    (r"^encoder\.patch_embed\.norm\.", "backbone.embeddings.norm."),
+    (r"^encoder\.norm\.", "backbone.layernorm."),
+    (r"^encoder\.layers\.", "backbone.encoder.layers."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.qkv\.", ".attention.{qkv}_proj."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (rf"\.attn\.{TABLE}$", rf".attention.relative_position_bias.{TABLE}"),
+)
+# The ends of its buffers' names, which follow from the window and the picture's size.
+SWIN_BUFFERS = ("relative_position_index", "attn_mask")
 
 
 def rename_weights(state_dict: dict[str, torch.Tensor], renaming: tuple[tuple[str, str], ...]) -> dict:
@@ -94,6 +113,40 @@ def official_resnet_config(state_dict: dict[str, torch.Tensor]) -> ResNetConfig:
         depths=[official_depth(state_dict, stage) for stage in stages],
         layer_type="bottleneck" if last == "conv3" else "basic",
     )
+
+
+def official_swin_config(state_dict: dict[str, torch.Tensor], image_size: int | None = None, **settings) -> SwinConfig:
+    """The config of an official Swin, as a method's `encoder`, read from its shapes.
+
+    Args:
+        state_dict: with names that begin with "encoder.".
+        image_size: by default what the mask of the first stage's shifted windows says.
+        settings: of the config, which checkpoints do not say.
+    """
+    embed_dim, num_channels, patch_size, _ = state_dict["encoder.patch_embed.proj.weight"].shape
+    stages = range(official_depth(state_dict, "encoder.layers"))
+    tables = [state_dict[f"encoder.layers.{stage}.blocks.0.attn.{TABLE}"] for stage in stages]
+    window_size = window_of_table(tables[0])
+    if image_size is None:
+        windows = state_dict["encoder.layers.0.blocks.1.attn_mask"].shape[0]
+        image_size = math.isqrt(windows) * window_size * patch_size
+    return SwinConfig(
+        embed_dim=embed_dim,
+        depths=[official_depth(state_dict, f"encoder.layers.{stage}.blocks") for stage in stages],
+        num_heads=[table.shape[1] for table in tables],
+        window_size=window_size,
+        mlp_ratio=state_dict["encoder.layers.0.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+        drop_path_rate=0.0,
+        image_size=image_size,
+        patch_size=patch_size,
+        num_channels=num_channels,
+        **settings,
+    )
+
+
+def window_of_table(table: torch.Tensor, others: int = 0) -> int:
+    """The side of the window of a table of relative positions, ((2 side - 1) squared + others, heads)."""
+    return (math.isqrt(table.shape[0] - others) + 1) // 2
 
 
 def official_depth(state_dict: dict[str, torch.Tensor], blocks: str) -> int:

@@ -11,6 +11,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
+def positions_of_units(units: torch.Tensor, grid: tuple[int, int], side: int) -> torch.Tensor:
+    """Raster positions of what stands in some units, unit by unit, in a map that has side x side positions per unit.
+
+    Args:
+        units: int64 (batch, units), raster positions in `grid`.
+        grid: (rows, columns) of units.
+
+    Returns:
+        int64 (batch, units * side ** 2).
+    """
+    columns = grid[1]
+    top = (units // columns * side)[:, :, None, None]
+    left = (units % columns * side)[:, :, None, None]
+    step = torch.arange(side, device=units.device)
+    return ((top + step[:, None]) * columns * side + left + step).flatten(1)
+
+
 class VisibleUnits:
     """The visible units of a batch, and the way between maps of any resolution and the features at visible positions.
 
@@ -69,12 +86,8 @@ class VisibleUnits:
         """int64 (batch * n,): the visible ones among all positions of the batch, units being side x side."""
         if side not in self._positions:
             rows, columns = self.grid
-            top = (self.visible // columns * side)[:, :, None, None]
-            left = (self.visible % columns * side)[:, :, None, None]
-            step = torch.arange(side, device=self.visible.device)
-            within = (top + step[:, None]) * columns * side + left + step  # (batch, visible, side, side)
             first = torch.arange(len(self.visible), device=self.visible.device) * rows * columns * side**2
-            self._positions[side] = (within.flatten(1) + first[:, None]).flatten()
+            self._positions[side] = (positions_of_units(self.visible, self.grid, side) + first[:, None]).flatten()
         return self._positions[side]
 
 

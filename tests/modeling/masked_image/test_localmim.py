@@ -166,8 +166,8 @@ def test_official_file_converts_strictly(run, tmp_path):
         convert(get_variant("localmim"), tmp_path / "pretrain.pth", config)
 
 
-def test_swins_and_unknown_widths_are_refused():
-    with pytest.raises(ValueError, match="Swin are not converted"):
+def test_other_files_and_unknown_widths_are_refused():
+    with pytest.raises(ValueError, match="neither of a ViT nor of a Swin"):
         official_config({"layers.0.blocks.0.attn.qkv.weight": torch.zeros(1)})
     shapes = {"patch_embed.proj.weight": (96, 3, 16, 16), "blocks.0.attn.qkv.weight": (288, 96)}
     known = {name: torch.zeros(shape) for name, shape in (shapes | {"decoder.3.pred.1.weight": (27, 256)}).items()}
