@@ -22,8 +22,8 @@ class TriBYOLConfig(BYOLConfig):
     """Config of TriBYOL.
 
     Args:
-        projection_dim, projection_hidden_dim, predictor_hidden_dim, base_tau, tau_schedule: as BYOL's; the defaults are
-            those of public re-implementations.
+        projection_dim, projection_hidden_dim, predictor_hidden_dim, base_tau, tau_schedule: as BYOL's; the defaults
+            are those of public re-implementations.
         target_update: "alternate" moves the first target network after the first, third, ... step and the second after
             the second, fourth, ...; "both" moves both after each step, which leaves them equal for ever but for batch
             norm's running statistics, as they begin equal.
