@@ -54,7 +54,7 @@ class TriBYOLConfig(BYOLConfig):
 
 
 class TriBYOLModel(BYOLModel):
-    """Encoder and projector on single pictures: the online network's."""
+    """Encoder and projector of the online network on single pictures."""
 
     config: TriBYOLConfig
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(predictor|target_1|target_2)\..*", "num_updates"]
