@@ -257,17 +257,17 @@ def small_byol(seed: int) -> BYOLForPreTraining:
 def test_both_learn_from_small_batches():
     for model in (small_byol(0), small_model(0, base_tau=0.98)):
         before, after = retrieval_after(model, seed=0, steps=60)
-        assert after > 1.5 * before, (type(model).__name__, before, after)
+        assert after > 5 * before, (type(model).__name__, before, after)
 
 
 @pytest.mark.slow
 def test_learns_more_than_byol_in_as_many_steps():
-    """Averaged over three seeds."""
+    """Of the same pictures in batches of 32, averaged over three seeds."""
     runs = {
         name: [retrieval_after(make(seed), seed, steps=150)[1] for seed in range(3)]
         for name, make in (("byol", small_byol), ("tribyol", lambda seed: small_model(seed, base_tau=0.98)))
     }
-    assert sum(runs["tribyol"]) >= sum(runs["byol"]), runs
+    assert sum(runs["tribyol"]) / 3 > sum(runs["byol"]) / 3 + 0.03, runs
 
 
 # --- settings ---
