@@ -35,7 +35,7 @@ class ProjectedViewsConfig(VariantConfig):
     projection_dim: int = 128
     projection_hidden_dim: int | None = None
     projection_layers: int = 2
-    zero_init_residual: bool = True
+    zero_init_residual: bool = False
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:

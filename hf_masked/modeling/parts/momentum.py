@@ -119,6 +119,10 @@ class MomentumTwin(nn.Module):
             self._copy(online, "buffers")
         self._watch.stop()
 
+    def wait(self) -> None:
+        """Stays as it is in one step, where twins take turns, which is no standstill."""
+        self._watch.stop()
+
     @torch.no_grad()
     def reset(self, online: nn.Module) -> None:
         """Makes the twin equal to `online` again."""

@@ -1,10 +1,15 @@
 """Siamese learning: encoders that agree on views of the same thing."""
 
+from hf_masked.modeling.siamese.byol import BYOLConfig, BYOLForPreTraining, BYOLModel
 from hf_masked.modeling.siamese.moco import MoCoConfig, MoCoForPreTraining, MoCoModel
 from hf_masked.modeling.siamese.simclr import SimCLRConfig, SimCLRForPreTraining, SimCLRModel
 from hf_masked.modeling.siamese.simsiam import SimSiamConfig, SimSiamForPreTraining, SimSiamModel
+from hf_masked.modeling.siamese.tribyol import TriBYOLConfig, TriBYOLForPreTraining, TriBYOLModel
 
 __all__ = [
+    "BYOLConfig",
+    "BYOLForPreTraining",
+    "BYOLModel",
     "MoCoConfig",
     "MoCoForPreTraining",
     "MoCoModel",
@@ -14,4 +19,7 @@ __all__ = [
     "SimSiamConfig",
     "SimSiamForPreTraining",
     "SimSiamModel",
+    "TriBYOLConfig",
+    "TriBYOLForPreTraining",
+    "TriBYOLModel",
 ]

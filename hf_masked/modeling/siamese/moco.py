@@ -51,7 +51,6 @@ class MoCoConfig(ProjectedViewsConfig):
     masks: ClassVar[str] = "nothing: two augmented crops of a picture"
     predicts: ClassVar[str] = "which of many keys is the other view's"
 
-    zero_init_residual: bool = False
     queue_size: int = 65536
     momentum: float = 0.999
     temperature: float = 0.2

@@ -49,6 +49,7 @@ class SimCLRConfig(ProjectedViewsConfig):
     masks: ClassVar[str] = "nothing: two augmented crops of a picture"
     predicts: ClassVar[str] = "which view of the batch is the other one of the same picture"
 
+    zero_init_residual: bool = True
     heads_batch_norm: bool = True
     projector_last_norm: bool = True
     temperature: float = 0.1
@@ -94,7 +95,9 @@ class SimCLRPreTrainedModel(ProjectedViewsModel):
     def __init__(self, config: SimCLRConfig):
         super().__init__(config)
         last_norm = "scale" if config.heads_batch_norm and config.projector_last_norm else None
-        self.projector = MLPHead(config.projector_sizes, config.heads_batch_norm, last_norm)
+        self.projector = MLPHead(
+            config.projector_sizes, config.heads_batch_norm, last_norm, last_bias=last_norm is None
+        )
 
 
 class SimCLRModel(SimCLRPreTrainedModel):

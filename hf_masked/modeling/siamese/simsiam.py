@@ -63,6 +63,7 @@ class SimSiamConfig(ProjectedViewsConfig):
     stop_gradient: bool = True
     heads_batch_norm: bool = True
     projector_last_affine: bool = False
+    zero_init_residual: bool = True
     fix_predictor_lr: bool = True
 
     def check(self) -> None:
