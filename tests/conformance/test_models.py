@@ -130,9 +130,9 @@ def test_attention_kernels_agree(variant):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_autocast(variant, dtype):
-    model = tiny_model(variant).train()
-    inputs = training_inputs(variant, model.config)
+    inputs = training_inputs(variant, variant.tiny_config())
     expected = tiny_model(variant).train()(**inputs).loss
+    model = tiny_model(variant).train()  # anew: what is drawn and a queue are then the same
     with torch.autocast("cpu", dtype=dtype):
         loss = model(**inputs).loss
     loss.backward()

@@ -1,6 +1,12 @@
 """Siamese learning: encoders that agree on views of the same thing."""
 
 from hf_masked.modeling.siamese.byol import BYOLConfig, BYOLForPreTraining, BYOLModel
+from hf_masked.modeling.siamese.hallucinator import (
+    HallucinatedMoCoConfig,
+    HallucinatedMoCoForPreTraining,
+    HallucinatedMoCoModel,
+    HallucinatorConfig,
+)
 from hf_masked.modeling.siamese.moco import MoCoConfig, MoCoForPreTraining, MoCoModel
 from hf_masked.modeling.siamese.simclr import SimCLRConfig, SimCLRForPreTraining, SimCLRModel
 from hf_masked.modeling.siamese.simsiam import SimSiamConfig, SimSiamForPreTraining, SimSiamModel
@@ -10,6 +16,10 @@ __all__ = [
     "BYOLConfig",
     "BYOLForPreTraining",
     "BYOLModel",
+    "HallucinatedMoCoConfig",
+    "HallucinatedMoCoForPreTraining",
+    "HallucinatedMoCoModel",
+    "HallucinatorConfig",
     "MoCoConfig",
     "MoCoForPreTraining",
     "MoCoModel",

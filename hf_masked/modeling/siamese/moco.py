@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import can_return_tuple
 
+from hf_masked.modeling.hallucinated_views import HallucinatedViewsConfig, HallucinatedViewsModel
 from hf_masked.modeling.outputs import PreTrainingOutput
 from hf_masked.modeling.parts.backbones import tiny_vit
 from hf_masked.modeling.parts.gather import encode_shuffled, gather_rows, num_processes, rows_of_this_process
@@ -23,11 +24,11 @@ from hf_masked.modeling.parts.momentum import MomentumTwin
 from hf_masked.modeling.parts.pooling import check_views
 from hf_masked.modeling.parts.queues import FeatureQueue
 from hf_masked.modeling.parts.state_dicts import TIMM_RESNET_RENAMING, official_resnet_config, rename_weights
-from hf_masked.modeling.projected_views import ProjectedViewsConfig, ProjectedViewsModel, example_views, project
+from hf_masked.modeling.projected_views import example_views, project
 from hf_masked.modeling.registry import register_variant
 
 
-class MoCoConfig(ProjectedViewsConfig):
+class MoCoConfig(HallucinatedViewsConfig):
     """Config of MoCo: v2's by default; v1 is `projection_layers=1, temperature=0.07`.
 
     Args:
@@ -40,6 +41,7 @@ class MoCoConfig(ProjectedViewsConfig):
         queue_size: keys in the queue, a multiple of the batch over all processes.
         momentum: m of the key encoder.
         temperature: of the softmax over keys: 0.07 for v1, 0.2 for v2.
+        hallucinator_config: a `HallucinatorConfig` or its dict, {} for its defaults; None for MoCo alone.
     """
 
     model_type = "hf_masked_moco"
@@ -82,7 +84,7 @@ class MoCoOutput(PreTrainingOutput):
     accuracy: torch.Tensor | None = None
 
 
-class MoCoPreTrainedModel(ProjectedViewsModel):
+class MoCoPreTrainedModel(HallucinatedViewsModel):
     """Encoder and projector, with their initialisation and freezing."""
 
     config: MoCoConfig
@@ -102,7 +104,7 @@ class MoCoPreTrainedModel(ProjectedViewsModel):
 class MoCoModel(MoCoPreTrainedModel):
     """Encoder and projector on single pictures."""
 
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(twin|queue)\..*"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(twin|queue|hallucinator)\..*"]
 
     def __init__(self, config: MoCoConfig):
         super().__init__(config)
@@ -123,6 +125,7 @@ class MoCoForPreTraining(MoCoPreTrainedModel):
         super().__init__(config)
         self.twin = MomentumTwin(self, ("backbone", "projector"), momentum=config.momentum)
         self.queue = FeatureQueue(config.queue_size, config.projection_dim)
+        self.add_hallucinator()
         self.post_init()
 
     @torch.no_grad()
@@ -153,12 +156,19 @@ class MoCoForPreTraining(MoCoPreTrainedModel):
         query = F.normalize(projection.float(), dim=1)  # (batch, projection_dim)
         all_keys = self._keys_of_all_processes(second)
         key = rows_of_this_process(all_keys)
-        loss, logits = info_nce(query, key, self.queue(), self.config.temperature)
+        negatives, temperature = self.queue(), self.config.temperature
+        contrast, logits = info_nce(query, key, negatives, temperature)
         if self.training:
             self.queue.enqueue(all_keys)
+
+        def hallucinated_loss() -> torch.Tensor:
+            hallucinated = F.normalize(self.hallucinator(query, key).float(), dim=1)
+            return info_nce(hallucinated, key, negatives, temperature)[0]
+
+        loss, parts = self.with_hallucination(contrast, hallucinated_loss) if return_loss else (None, None)
         return MoCoOutput(
-            loss=loss if return_loss else None,
-            losses={"contrast": loss.detach()} if return_loss else None,
+            loss=loss,
+            losses={"contrast": contrast.detach()} | parts if return_loss else None,
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),

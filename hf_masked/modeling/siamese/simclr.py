@@ -11,19 +11,20 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import can_return_tuple
 
+from hf_masked.modeling.hallucinated_views import HallucinatedViewsConfig, HallucinatedViewsModel
 from hf_masked.modeling.outputs import PreTrainingOutput
 from hf_masked.modeling.parts.backbones import tiny_vit
 from hf_masked.modeling.parts.gather import process_rank
 from hf_masked.modeling.parts.heads import MLPHead
 from hf_masked.modeling.parts.losses import nt_xent
 from hf_masked.modeling.parts.pooling import check_views
-from hf_masked.modeling.projected_views import ProjectedViewsConfig, ProjectedViewsModel, example_views, project
+from hf_masked.modeling.projected_views import example_views, project
 from hf_masked.modeling.registry import register_variant
 
 REDUCTIONS = {"sum": 1.0, "mean": 0.5}
 
 
-class SimCLRConfig(ProjectedViewsConfig):
+class SimCLRConfig(HallucinatedViewsConfig):
     """Config of SimCLR.
 
     Args:
@@ -39,6 +40,7 @@ class SimCLRConfig(ProjectedViewsConfig):
         temperature: of the softmax: 0.1 for ImageNet, 0.5 for CIFAR-10 (appendix B.9).
         loss_reduction: "sum" of the means over both kinds of views, as `objective.py` has it, or "mean" over all views
             (equation 1), half of it.
+        hallucinator_config: a `HallucinatorConfig` or its dict, {} for its defaults; None for SimCLR alone.
     """
 
     model_type = "hf_masked_simclr"
@@ -82,7 +84,7 @@ class SimCLROutput(PreTrainingOutput):
     accuracy: torch.Tensor | None = None
 
 
-class SimCLRPreTrainedModel(ProjectedViewsModel):
+class SimCLRPreTrainedModel(HallucinatedViewsModel):
     """Encoder and projector, with their initialisation and freezing."""
 
     config: SimCLRConfig
@@ -103,6 +105,8 @@ class SimCLRPreTrainedModel(ProjectedViewsModel):
 class SimCLRModel(SimCLRPreTrainedModel):
     """Encoder and projector on single pictures."""
 
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"hallucinator\..*"]
+
     def __init__(self, config: SimCLRConfig):
         super().__init__(config)
         self.post_init()
@@ -113,6 +117,7 @@ class SimCLRForPreTraining(SimCLRPreTrainedModel):
 
     def __init__(self, config: SimCLRConfig):
         super().__init__(config)
+        self.add_hallucinator()
         self.post_init()
 
     @can_return_tuple
@@ -133,12 +138,20 @@ class SimCLRForPreTraining(SimCLRPreTrainedModel):
         check_views(pixel_values, num_views=2)
         outputs, projections = project(self, torch.cat(pixel_values.unbind(dim=1)), **kwargs)
         z1, z2 = F.normalize(projections.float(), dim=1).chunk(2)  # (batch, projection_dim)
-        loss, logits = nt_xent(z1, z2, self.config.temperature)
-        loss = loss * REDUCTIONS[self.config.loss_reduction]
+        temperature, scale = self.config.temperature, REDUCTIONS[self.config.loss_reduction]
+        contrast, logits = nt_xent(z1, z2, temperature)
+        contrast = scale * contrast
+
+        def hallucinated_loss() -> torch.Tensor:
+            pairs = ((z1, z2), (z2, z1))
+            anchors = tuple(F.normalize(self.hallucinator(*pair).float(), dim=1) for pair in pairs)
+            return scale * nt_xent(z1, z2, temperature, anchors)[0]
+
+        loss, parts = self.with_hallucination(contrast, hallucinated_loss) if return_loss else (None, None)
         own = process_rank() * len(z1) + torch.arange(len(z1), device=z1.device)
         return SimCLROutput(
-            loss=loss if return_loss else None,
-            losses={"contrast": loss.detach()} if return_loss else None,
+            loss=loss,
+            losses={"contrast": contrast.detach()} | parts if return_loss else None,
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),

@@ -11,6 +11,7 @@ from transformers import BeitConfig, ConvNextConfig, Dinov2Config, ResNetConfig,
 
 from hf_masked import MoCoConfig, MoCoForPreTraining, MoCoModel, get_variant
 from hf_masked.modeling.conversion import convert
+from hf_masked.modeling.projected_views import project
 from hf_masked.modeling.siamese.moco import convert_official_weights, official_config
 from tests.parity.fill import filled, filled_pixels
 
@@ -52,7 +53,7 @@ def views(batch: int = 8, size: int = 32, seed: int = 0) -> torch.Tensor:
 
 def official_weights(stored: dict) -> dict:
     """As the reference begins: the key encoder as the query encoder, the queue of unit columns."""
-    weights, reference = filled(stored["parameters"]), stored["config"]
+    weights = filled(stored["parameters"])
     weights |= {name.replace("encoder_q", "encoder_k"): tensor for name, tensor in weights.items()}
     return weights
 
@@ -189,7 +190,7 @@ def test_evaluation_leaves_queue_and_statistics_alone():
 
 
 def test_batch_that_does_not_divide_the_queue_is_named():
-    with pytest.raises(ValueError, match="queue_size is 24; .*here 5"):
+    with pytest.raises(ValueError, match=r"queue_size is 24; .*here 5"):
         small_model().train()(views(5))
 
 
@@ -277,7 +278,7 @@ def smooth_views(count: int) -> torch.Tensor:
 def retrieval(model, data: torch.Tensor) -> float:
     """Share of the first views whose nearest second view is their own, with everything in eval mode."""
     model.eval()
-    first, second = (F.normalize(MoCoModel.forward(model, view).projection, dim=1) for view in data.unbind(dim=1))
+    first, second = (F.normalize(project(model, view)[1], dim=1) for view in data.unbind(dim=1))
     return ((first @ second.T).argmax(dim=1) == torch.arange(len(data))).float().mean().item()
 
 
