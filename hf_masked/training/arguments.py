@@ -36,6 +36,13 @@ class PreTrainingArguments(TrainingArguments):
             "default once per stage of the method. `warmup_steps` then counts in one of them, as a share too."
         },
     )
+    lars: bool = field(
+        default=False,
+        metadata={
+            "help": "Scale the learning rate of each matrix and kernel to its norm and leave the other parameters out "
+            "(LARS), for large batches; with `optim: sgd` and, in `optim_args`, its momentum."
+        },
+    )
     layer_decay: float | None = field(
         default=None, metadata={"help": "Factor of the learning rate per layer, from the top down; none by default."}
     )
@@ -96,6 +103,8 @@ class PreTrainingArguments(TrainingArguments):
             raise ValueError(f"lr_milestones are {self.lr_milestones}; shares of the training lie between 0 and 1.")
         if self.lr_cycles is not None and self.lr_cycles < 1:
             raise ValueError(f"lr_cycles is {self.lr_cycles}; it must be at least 1.")
+        if self.lars and self.optim != "sgd":
+            raise ValueError(f"lars=True scales the steps of SGD, and optim is {self.optim!r}: set optim=sgd.")
         if self.nonfinite not in ("stop", "skip"):
             raise ValueError(f"nonfinite is {self.nonfinite!r}; it must be 'stop' or 'skip'.")
         if self.nonfinite_check_steps < 1:

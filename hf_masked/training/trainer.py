@@ -32,6 +32,7 @@ from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
 from hf_masked.training.faults import NonFiniteGuard, StopSignals, leave_signals_to_parent
 from hf_masked.training.hub import HubMixin
 from hf_masked.training.optimization import (
+    LARS,
     cycle_length,
     multistep_schedule,
     parameter_groups,
@@ -169,7 +170,7 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
                 layer_decay=self.args.layer_decay,
             )
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(groups, **arguments)
+            self.optimizer = (LARS if self.args.lars else optimizer_class)(groups, **arguments)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):

@@ -12,10 +12,11 @@ from hf_masked.data.sources import ArraySource
 from hf_masked.modeling.siamese.simsiam import tiny_config
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import OnlineProbeCallback, PictureCallback
+from hf_masked.training.optimization import LARS
 from hf_masked.training.trainer import PreTrainer
 
 
-def simsiam_trainer(output, steps: int = 4, **config) -> PreTrainer:
+def simsiam_trainer(output, steps: int = 4, lars: bool = False, **config) -> PreTrainer:
     torch.manual_seed(0)
     settings = tiny_config()
     for name, value in config.items():
@@ -32,6 +33,7 @@ def simsiam_trainer(output, steps: int = 4, **config) -> PreTrainer:
         weight_decay=1e-2,
         optim="sgd",
         optim_args="momentum=0.9",
+        lars=lars,
         lr_scheduler_type="cosine",
         logging_steps=1,
         save_strategy="no",
@@ -57,6 +59,16 @@ def test_sgd_with_momentum_decay_on_all_and_constant_rates(tmp_path, fix_predict
     if fix_predictor_lr:
         predictor = {id(p) for p in trainer.model.predictor.parameters()}
         assert {id(p) for group in groups if group["lr"] > 0.05 for p in group["params"]} == predictor
+
+
+def test_lars_in_place_of_sgd(tmp_path):
+    trainer = simsiam_trainer(tmp_path, lars=True)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert isinstance(optimizer, LARS)
+    assert {(group["momentum"], group["weight_decay"]) for group in optimizer.param_groups} == {(0.9, 1e-2)}
+    with pytest.raises(ValueError, match="set optim=sgd"):
+        PreTrainingArguments(output_dir=str(tmp_path), use_cpu=True, lars=True, optim="adamw_torch")
 
 
 def test_log_has_the_collapse_monitor(tmp_path):

@@ -51,7 +51,7 @@ class BYOLConfig(ProjectedViewsConfig):
         loss_reduction: over the two directions: "sum" (equation 2 and the text after it) or "mean".
         use_predictor: False leaves the predictor out, which collapses (table 5b).
         stop_gradient: False takes the online network's own projections as targets, with their gradient, which
-            collapses without a predictor.
+            collapses.
         zero_init_residual: start each residual block of a ResNet as the identity. The paper's results are without, the
             released code's with it (README of the reference).
     """
