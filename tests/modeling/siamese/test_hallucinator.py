@@ -1,6 +1,7 @@
 """The Hallucinator on MoCo, SimCLR and SimSiam: every check of its spec (section 11)."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_extrapolation_leads_away_from_the_partner_and_the_further_the_more():
         F.cosine_similarity(extrapolate(a, b, torch.full((64, 1), lam)), b) for lam in (0.0, 0.1, 0.5, 1.0, 10.0)
     ]
     torch.testing.assert_close(cosines[0], (a * b).sum(dim=1))
-    assert all((later < earlier).all() for earlier, later in zip(cosines, cosines[1:], strict=False))
+    assert all((later < earlier).all() for earlier, later in pairwise(cosines))
     lam = torch.rand(64, 1)
     torch.testing.assert_close(extrapolate(a, a, lam), a)
     torch.testing.assert_close(extrapolate(a, b, lam), (1 + lam) * a - lam * b)
