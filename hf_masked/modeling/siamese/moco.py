@@ -154,8 +154,11 @@ class MoCoForPreTraining(MoCoPreTrainedModel):
         first, second = pixel_values.unbind(dim=1)
         outputs, projection = project(self, first, **kwargs)
         query = F.normalize(projection.float(), dim=1)  # (batch, projection_dim)
-        all_keys = self._keys_of_all_processes(second)
-        key = rows_of_this_process(all_keys)
+        if self.training:
+            all_keys = self._keys_of_all_processes(second)
+            key = rows_of_this_process(all_keys)
+        else:
+            key = self._keys(second)
         negatives, temperature = self.queue(), self.config.temperature
         contrast, logits = info_nce(query, key, negatives, temperature)
         if self.training:
@@ -178,13 +181,13 @@ class MoCoForPreTraining(MoCoPreTrainedModel):
             accuracy=(logits.detach().argmax(dim=1) == 0).float().mean(),
         )
 
-    @torch.no_grad()
     def _keys_of_all_processes(self, views: torch.Tensor) -> torch.Tensor:
         """Unit vectors (batch * processes, projection_dim)."""
-        if self.training and num_processes() > 1 and any(isinstance(m, _BatchNorm) for m in self.twin.modules()):
+        if num_processes() > 1 and any(isinstance(module, _BatchNorm) for module in self.twin.modules()):
             return encode_shuffled(self._keys, views)
         return gather_rows(self._keys(views))
 
+    @torch.no_grad()
     def _keys(self, views: torch.Tensor) -> torch.Tensor:
         return F.normalize(project(self.twin, views)[1].float(), dim=1)
 
