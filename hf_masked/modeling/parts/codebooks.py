@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hf_masked.modeling.parts.gather import gather_rows, num_processes
 from hf_masked.modeling.parts.momentum import StandstillWatch
 
 # Rows whose similarities to all codes are held at once where the rows of all processes are clustered.
@@ -83,7 +84,7 @@ class EMACodebook(nn.Module):
     def update(self) -> None:
         """Moves the codes to which something was assigned since the last update, in any process."""
         noted = torch.cat([self.sums, self.counts.unsqueeze(1)], dim=1).float()
-        if _processes() > 1:
+        if num_processes() > 1:
             dist.all_reduce(noted)
         sums, counts = noted[:, :-1], noted[:, -1]
         old = self.vectors.float()
@@ -107,8 +108,8 @@ class EMACodebook(nn.Module):
     def _begin(self, rows: torch.Tensor) -> None:
         # The device is asked until the answer is yes: once, or after loading.
         if not self._known_begun and not self.begun.item():
-            self.vectors.copy_(cosine_kmeans(_of_all_processes(rows), len(self.vectors)))
-            if _processes() > 1:
+            self.vectors.copy_(cosine_kmeans(gather_rows(rows), len(self.vectors)))
+            if num_processes() > 1:
                 dist.broadcast(self.vectors, src=0)
             self.begun.fill_(True)
         self._known_begun = True
@@ -155,16 +156,3 @@ def code_colors(vectors: torch.Tensor, channels: int) -> torch.Tensor:
     chosen = directions[torch.arange(channels, device=directions.device) % len(directions)]
     ranks = (centred @ chosen.T).argsort(dim=0).argsort(dim=0)
     return ranks.float() / max(len(vectors) - 1, 1)
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _of_all_processes(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, as many from each, in the order of their ranks."""
-    if _processes() == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(_processes())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)

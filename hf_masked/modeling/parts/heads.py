@@ -17,7 +17,7 @@ class MLPHead(nn.Sequential):
     Args:
         sizes: widths from the input to the output, at least two.
         batch_norm: normalise the hidden layers.
-        last_norm: normalise the output: None, "plain" (without scale and shift) or "affine".
+        last_norm: normalise the output: None, "plain" (without scale and shift), "scale" (without shift) or "affine".
         last_bias: of the last linear layer.
     """
 
@@ -31,7 +31,9 @@ class MLPHead(nn.Sequential):
             layers += [nn.ReLU(inplace=True)]
         layers += [nn.Linear(sizes[-2], sizes[-1], bias=last_bias)]
         if last_norm is not None:
-            layers += [nn.BatchNorm1d(sizes[-1], affine=last_norm == "affine")]
+            layers += [nn.BatchNorm1d(sizes[-1], affine=last_norm != "plain")]
+            if last_norm == "scale":
+                layers[-1].bias = None
         super().__init__(*layers)
 
     @property
@@ -68,6 +70,7 @@ def init_as_torch(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         if module.affine:
             init.ones_(module.weight)
+        if module.bias is not None:
             init.zeros_(module.bias)
         init.zeros_(module.running_mean)
         init.ones_(module.running_var)

@@ -1,6 +1,14 @@
 """Siamese learning: encoders that agree on views of the same thing."""
 
 from hf_masked.modeling.siamese.byol import BYOLConfig, BYOLForPreTraining, BYOLModel
+from hf_masked.modeling.siamese.hallucinator import (
+    HallucinatedMoCoConfig,
+    HallucinatedMoCoForPreTraining,
+    HallucinatedMoCoModel,
+    HallucinatorConfig,
+)
+from hf_masked.modeling.siamese.moco import MoCoConfig, MoCoForPreTraining, MoCoModel
+from hf_masked.modeling.siamese.simclr import SimCLRConfig, SimCLRForPreTraining, SimCLRModel
 from hf_masked.modeling.siamese.simsiam import SimSiamConfig, SimSiamForPreTraining, SimSiamModel
 from hf_masked.modeling.siamese.tribyol import TriBYOLConfig, TriBYOLForPreTraining, TriBYOLModel
 from hf_masked.modeling.siamese.triplet import TripletConfig, TripletForPreTraining, TripletModel
@@ -9,6 +17,16 @@ __all__ = [
     "BYOLConfig",
     "BYOLForPreTraining",
     "BYOLModel",
+    "HallucinatedMoCoConfig",
+    "HallucinatedMoCoForPreTraining",
+    "HallucinatedMoCoModel",
+    "HallucinatorConfig",
+    "MoCoConfig",
+    "MoCoForPreTraining",
+    "MoCoModel",
+    "SimCLRConfig",
+    "SimCLRForPreTraining",
+    "SimCLRModel",
     "SimSiamConfig",
     "SimSiamForPreTraining",
     "SimSiamModel",

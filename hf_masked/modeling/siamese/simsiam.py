@@ -10,21 +10,23 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import ResNetConfig
 from transformers.utils import can_return_tuple
 
+from hf_masked.modeling.hallucinated_views import HallucinatedViewsConfig, HallucinatedViewsModel
 from hf_masked.modeling.outputs import PreTrainingOutput
 from hf_masked.modeling.parts.heads import MLPHead
 from hf_masked.modeling.parts.losses import negative_cosine, normalized_std, softmax_cross_entropy
 from hf_masked.modeling.parts.pooling import check_views
 from hf_masked.modeling.parts.state_dicts import TIMM_RESNET_RENAMING, official_resnet_config, rename_weights
-from hf_masked.modeling.projected_views import ProjectedViewsConfig, ProjectedViewsModel, example_views, project
+from hf_masked.modeling.projected_views import example_views, project
 from hf_masked.modeling.registry import register_variant
 
 SIMILARITIES = {"cosine": negative_cosine, "cross_entropy": softmax_cross_entropy}
 
 
-class SimSiamConfig(ProjectedViewsConfig):
+class SimSiamConfig(HallucinatedViewsConfig):
     """Config of SimSiam.
 
     Args:
@@ -43,6 +45,7 @@ class SimSiamConfig(ProjectedViewsConfig):
         zero_init_residual: start each residual block of a ResNet as the identity (section 3, "baseline settings").
         fix_predictor_lr: keep the predictor's learning rate constant under `PreTrainer` (section 4.2; the released
             checkpoints' `--fix-pred-lr`).
+        hallucinator_config: a `HallucinatorConfig` or its dict, {} for its defaults; None for SimSiam alone.
     """
 
     model_type = "hf_masked_simsiam"
@@ -91,7 +94,7 @@ class SimSiamOutput(PreTrainingOutput):
     z_std: torch.Tensor | None = None
 
 
-class SimSiamPreTrainedModel(ProjectedViewsModel):
+class SimSiamPreTrainedModel(HallucinatedViewsModel):
     """Encoder and projector, with their initialisation and freezing."""
 
     config: SimSiamConfig
@@ -107,7 +110,7 @@ class SimSiamPreTrainedModel(ProjectedViewsModel):
 class SimSiamModel(SimSiamPreTrainedModel):
     """Encoder and projector on single pictures."""
 
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"predictor\..*"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(predictor|hallucinator)\..*"]
 
     def __init__(self, config: SimSiamConfig):
         super().__init__(config)
@@ -121,6 +124,7 @@ class SimSiamForPreTraining(SimSiamPreTrainedModel):
         super().__init__(config)
         sizes = [config.projection_dim, config.predictor_hidden_dim, config.projection_dim]
         self.predictor = MLPHead(sizes, config.heads_batch_norm) if config.use_predictor else nn.Identity()
+        self.add_hallucinator()
         self.post_init()
 
     @can_return_tuple
@@ -164,11 +168,15 @@ class SimSiamForPreTraining(SimSiamPreTrainedModel):
         distance = SIMILARITIES[self.config.similarity]
         if self.config.stop_gradient:
             z1, z2 = z1.detach(), z2.detach()
-        losses = {"from_first": distance(p1, z2)}
-        if self.config.symmetric:
-            losses["from_second"] = distance(p2, z1)
-        loss = sum(losses.values()) / len(losses)
-        return loss, {name: part.detach() for name, part in losses.items()}
+        pairs = {"from_first": (p1, z2)} | ({"from_second": (p2, z1)} if self.config.symmetric else {})
+        losses = {name: distance(*pair) for name, pair in pairs.items()}
+
+        def hallucinated_loss() -> torch.Tensor:
+            unit = {name: [F.normalize(each.float(), dim=1) for each in pair] for name, pair in pairs.items()}
+            return sum(distance(self.hallucinator(*unit[name]), z) for name, (_, z) in pairs.items()) / len(pairs)
+
+        loss, hallucination = self.with_hallucination(sum(losses.values()) / len(losses), hallucinated_loss)
+        return loss, {name: part.detach() for name, part in losses.items()} | hallucination
 
     def constant_learning_rate(self) -> set[str]:
         return {"predictor.*"} if self.config.fix_predictor_lr else set()
