@@ -1,6 +1,7 @@
 """Pictures for people: grids of what a model masks and predicts, loss curves, embedding plots."""
 
 import io
+import textwrap
 from pathlib import Path
 
 import torch
@@ -76,6 +77,79 @@ def embedding_plot(
     axis.set_xticks([])
     axis.set_yticks([])
     return _saved(figure, path)
+
+
+def attribution_of_texts(
+    attributions: torch.Tensor, tokens_a: list[str], tokens_b: list[str], title: str
+) -> Image.Image:
+    """The matrix of what pairs of tokens add to a similarity (red) and take from it (blue), with its tokens.
+
+    Args:
+        attributions: float (tokens of a, tokens of b).
+        tokens_a, tokens_b: their names.
+        title: a line above.
+    """
+    plt = _pyplot()
+    rows, columns = attributions.shape
+    figure, axis = plt.subplots(figsize=(0.45 * columns + 1.6, 0.36 * rows + 1.2))
+    largest = attributions.abs().max().item() or 1.0
+    shown = axis.imshow(attributions.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+    axis.set_xticks(range(columns), tokens_b, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axis.set_yticks(range(rows), tokens_a, fontsize=8)
+    if rows * columns <= 600:  # beyond that figures would not be legible
+        for i in range(rows):
+            for j in range(columns):
+                value = attributions[i, j].item()
+                color = "white" if abs(value) > 0.6 * largest else "black"
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
+    axis.set_title(textwrap.fill(title, max(40, 8 * columns)), fontsize=7, loc="left")
+    figure.colorbar(shown, ax=axis, fraction=0.03, pad=0.02).ax.tick_params(labelsize=6)
+    return _rendered(figure)
+
+
+def attribution_of_pictures(
+    attributions: torch.Tensor,
+    pictures: tuple[torch.Tensor, torch.Tensor],
+    grids: list[tuple[int, int]],
+    pairs: list[tuple[int, int, float]],
+    title: str,
+) -> Image.Image:
+    """Two pictures, shaded by what each patch adds to their similarity (red) and takes from it (blue).
+
+    Args:
+        attributions: float (patches of a, patches of b), without other tokens.
+        pictures: float (channels, height, width) in [0, 1].
+        grids: (rows, columns) of patches of both.
+        pairs: (patch of a, patch of b, attribution) to be joined by lines.
+        title: a line above.
+    """
+    plt = _pyplot()
+    from matplotlib.patches import ConnectionPatch
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4))
+    sums = attributions.sum(dim=1), attributions.sum(dim=0)
+    largest = max(values.abs().max().item() for values in sums) or 1.0
+    for axis, picture, (rows, columns), values in zip(axes, pictures, grids, sums, strict=True):
+        extent = (0, columns, rows, 0)
+        axis.imshow(_drawable(picture), cmap="gray", vmin=0, vmax=1, extent=extent)
+        shade = values.view(rows, columns).numpy()
+        axis.imshow(shade, cmap="RdBu_r", vmin=-largest, vmax=largest, alpha=0.5, extent=extent)
+        axis.axis("off")
+    strongest = max(abs(value) for *_, value in pairs) or 1.0
+    for first, second, value in pairs:
+        ends = [(p % columns + 0.5, p // columns + 0.5) for p, (_, columns) in zip((first, second), grids, strict=True)]
+        line = ConnectionPatch(
+            *ends,
+            "data",
+            "data",
+            axesA=axes[0],
+            axesB=axes[1],
+            color="tab:red" if value > 0 else "tab:blue",
+            linewidth=0.5 + 2 * abs(value) / strongest,
+        )
+        figure.add_artist(line)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=7)
+    return _rendered(figure)
 
 
 def _pyplot():
