@@ -17,15 +17,16 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import cached_file
 
 from hf_masked.evaluation.features import ImageSettings, evaluation_mode, load_encoder, to_model_input
+from hf_masked.modeling.parts.backbones import load_backbone
 from hf_masked.modeling.parts.patches import pair, patch_grid
 from hf_masked.modeling.parts.pooling import (
     POOLINGS,
@@ -35,6 +36,7 @@ from hf_masked.modeling.parts.pooling import (
     pool_tokens,
 )
 from hf_masked.modeling.siamese.siamese_attribution import ReferenceShiftedConfig, reference_tokens
+from hf_masked.processing.decoding import to_channels, to_uint8_tensor
 from hf_masked.training.visualization import attribution_of_pictures, attribution_of_texts
 
 SIMILARITIES = ("cosine", "dot")
@@ -63,11 +65,12 @@ class SiameseAttribution:
     """An explained similarity.
 
     Args:
-        attributions: float32 (tokens of a, tokens of b); signed. What a pair adds to `expected_sum`.
+        attributions: (tokens of a, tokens of b), float32, or float64 of such an encoder. Signed: what a pair adds to
+            `expected_sum`.
         tokens_a, tokens_b: for people; patches are "row,column".
         score: the similarity.
-        reference_terms: the similarities "a, reference b", "reference a, b" and "reference a, reference b". With the
-            cosine all are divided by the norms of a and b, not by the references' own.
+        reference_terms: the similarities of "a and b's reference", of "a's reference and b" and of "both references".
+            With the cosine all are divided by the norms of a and b, not by the references' own.
         completeness_error: how far the sum of all attributions is from `expected_sum`; it falls with more steps.
         special_a, special_b: bool (tokens,), class, separator and other tokens that stand for nothing in the input.
         left_out: the sum of what `drop_special` has left out.
@@ -114,12 +117,12 @@ class SiameseAttribution:
         return [TokenPair(self.tokens_a[i], self.tokens_b[j], values[i, j].item(), i, j) for i, j in places]
 
     def summary(self) -> str:
-        """Score, reference terms and completeness in one line."""
+        """Score, reference terms and sum in one line."""
         terms = ", ".join(f"{name} {value:.4f}" for name, value in self.reference_terms.items())
-        line = f"similarity {self.score:.4f}; references: {terms}; "
+        line = f"similarity {self.score:.4f}; {terms}; "
         if self.left_out:
-            return line + f"sum of what is shown {self.attributions.sum():.4f}, of special tokens {self.left_out:.4f}"
-        return line + f"sum {self.attributions.sum():.4f}, expected {self.expected_sum:.4f}"
+            return line + f"sum of what is shown {self.attributions.sum():.4f}, left out {self.left_out:.4f}"
+        return line + f"sum of all pairs {self.attributions.sum():.4f}, expected {self.expected_sum:.4f}"
 
     def to_html(self) -> str:
         """A table of tokens by tokens: red adds to the similarity, blue takes from it."""
@@ -138,7 +141,7 @@ class SiameseAttribution:
     _repr_html_ = to_html
 
     def picture(self) -> Image.Image:
-        """Texts: the matrix with its tokens. Pictures: both, shaded by what each patch adds, and the top pairs joined."""
+        """Of texts the matrix with its tokens; of pictures both, shaded by what each patch adds, top pairs joined."""
         if self.pictures is None:
             return attribution_of_texts(self.attributions, self.tokens_a, self.tokens_b, self.summary())
         shown = self.drop_special() if self.special_a.any() else self
@@ -152,9 +155,10 @@ class SiameseAttributor:
 
     Args:
         model: an encoder of transformers, a model of this package (its backbone is explained; a
-            `ReferenceShiftedEncoder` in the exact mode), or a `SentenceTransformer` (its transformer and what follows).
-        processor: the tokenizer; for pictures an image processor or `ImageSettings`. Not needed by what takes ready
-            `input_ids` or normalised `pixel_values`, nor by a `SentenceTransformer`.
+            `ReferenceShiftedEncoder` in the exact mode), or a `SentenceTransformer` (its transformer and what comes
+            after).
+        processor: the tokenizer; for pictures an image processor or `ImageSettings`. Not needed for ready `input_ids`
+            or normalised `pixel_values`, nor by a `SentenceTransformer`.
         pooling: "mean" or "cls" of texts, for pictures also the others of `hf_masked.modeling.parts.pooling.pool`. By
             default the model's own if it says one; else the mean, and for pictures "auto".
         layer: the input of which of the encoder's layers is explained: 0 is the output of the embeddings, -1 the input
@@ -215,7 +219,8 @@ class SiameseAttributor:
         self.shift = exact if shift is None else shift
         self.head = head
         self.layer = _layer(self.encoder, layer)
-        kind = _Pictures if self.encoder.main_input_name == "pixel_values" else _Texts
+        self.takes_pictures = self.encoder.main_input_name == "pixel_values"
+        kind = _Pictures if self.takes_pictures else _Texts
         self.inputs = kind(self.encoder, processor, pooling, reference)
 
     @classmethod
@@ -231,17 +236,16 @@ class SiameseAttributor:
             ValueError: for a checkpoint of sentence-transformers with other modules than a transformer, a pooling by
                 mean or class token and a normalisation.
         """
-        config = AutoConfig.from_pretrained(path)
-        if getattr(config, "modality", None) == "image" or _takes_pictures(config):
+        if MODEL_MAPPING[type(AutoConfig.from_pretrained(path))].main_input_name == "pixel_values":
             return cls(*load_encoder(path), **settings)
         settings = _sentence_transformer_settings(path) | settings
-        return cls(AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path), **settings)
+        return cls(load_backbone(path), AutoTokenizer.from_pretrained(path), **settings)
 
     def explain(self, a, b) -> SiameseAttribution:
         """The similarity of two inputs as a sum over pairs of their tokens.
 
         Args:
-            a, b: texts; pictures (PIL, or uint8 arrays or tensors (channels, height, width)); `input_ids`, int64
+            a, b: texts; pictures (Pillow, or uint8 arrays or tensors (channels, height, width)); `input_ids`, int64
                 (tokens,), without padding; or normalised `pixel_values`, float (channels, height, width).
 
         Returns:
@@ -264,9 +268,9 @@ class SiameseAttributor:
             tokens_b=second.tokens,
             score=score,
             reference_terms={
-                "a, reference b": a_reference,
-                "reference a, b": reference_b,
-                "reference a, reference b": references,
+                "a and b's reference": a_reference,
+                "a's reference and b": reference_b,
+                "both references": references,
             },
             completeness_error=abs(attributions.sum().item() - (score - a_reference - reference_b + references)),
             special_a=first.special,
@@ -278,7 +282,7 @@ class SiameseAttributor:
         """The same for each feature of each token, always by the backward form: a large tensor.
 
         Returns:
-            float32 (tokens of a, hidden, tokens of b, hidden) on the CPU; its sum over both `hidden` is
+            (tokens of a, hidden, tokens of b, hidden) on the CPU; its sum over both `hidden` is
             `explain(a, b).attributions`.
         """
         with _frozen(self.encoder), sdpa_kernel(SDPBackend.MATH):
@@ -301,7 +305,8 @@ class SiameseAttributor:
         def pool(hidden: torch.Tensor) -> torch.Tensor:
             hidden = hidden - last_of_reference if self.shift else hidden
             embedding = self.inputs.pool(hidden, inputs)
-            return (self.head(embedding) if self.head else embedding).float()
+            embedding = self.head(embedding) if self.head else embedding
+            return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
 
         def embed(states: torch.Tensor) -> torch.Tensor:
             return pool(self._run(inputs, states)[1])  # (rows, dimensions)
@@ -320,7 +325,7 @@ class SiameseAttributor:
             special=special,
             embedding=pool(last)[0],
             reference=pool(last_of_reference)[0],
-            contributions=contributions.float(),
+            contributions=contributions,
             picture=self.inputs.picture(inputs),
         )
 
@@ -346,7 +351,9 @@ class SiameseAttributor:
             points = (start + chunk * (end - start)).requires_grad_()
             with torch.enable_grad():
                 dimensions = embed(points).sum(dim=0).unbind()
-                gradients = [torch.autograd.grad(value, points, retain_graph=True)[0].sum(dim=0) for value in dimensions]
+                gradients = [
+                    torch.autograd.grad(value, points, retain_graph=True)[0].sum(dim=0) for value in dimensions
+                ]
             total = total + torch.stack(gradients)
         return total * (end - start) / len(alphas)
 
@@ -447,8 +454,8 @@ class _Texts:
         )
         if None in ids:
             raise ValueError(
-                f"The first token, the padding and the last of a reference are {ids} by the tokenizer: give `reference` "
-                "as three ids, or a tokenizer that has them."
+                f"The first token, the padding and the last of a reference are {ids} by the tokenizer: give "
+                "`reference` as three ids, or a tokenizer that has them."
             )
         return ids
 
@@ -469,12 +476,15 @@ class _Pictures:
         if not (isinstance(picture, torch.Tensor) and picture.is_floating_point()):
             if self.settings is None:
                 raise ValueError("Give an image processor as `processor`, or normalised float pictures.")
-            settings, pixels = self.settings, _as_uint8(picture)
-            picture = to_model_input(pixels[None], settings.mean, settings.std, settings.size, settings.num_channels)[0]
+            settings, picture = self.settings, to_channels(picture, self.settings.num_channels)
+            pixels = to_uint8_tensor(picture) if isinstance(picture, Image.Image) else picture
+            picture = to_model_input(pixels[None], settings.mean, settings.std, settings.size, settings.num_channels)[
+                0
+            ]
         if picture.ndim != 3 or picture.shape[0] != self.encoder.config.num_channels:
             raise ValueError(
-                f"A picture has the shape {tuple(picture.shape)}; expected {self.encoder.config.num_channels} channels, "
-                "height, width."
+                f"A picture is {tuple(picture.shape)}; expected ({self.encoder.config.num_channels} channels, height, "
+                "width)."
             )
         pixel_values = picture[None].to(device, self.encoder.dtype)
         return {"pixel_values": pixel_values} | interpolation_argument(self.encoder, tuple(picture.shape[-2:]))
@@ -541,8 +551,8 @@ def _layer(encoder: nn.Module, index: int) -> nn.Module:
                 raise ValueError(f"layer is {index}; the encoder has {len(layers)}, from 0 to {len(layers) - 1}.")
             return layers[index]
     raise ValueError(
-        f"A {type(encoder).__name__} has no list of layers under {', '.join(LAYERS)}: its hidden states are not tokens "
-        "that can be explained. Use a Transformer such as BERT, RoBERTa, MPNet, DistilBERT or ViT."
+        f"A {type(encoder).__name__} has no list of layers under {', '.join(LAYERS)}: its hidden states are not "
+        "tokens that can be explained. Use a Transformer such as BERT, RoBERTa, MPNet, DistilBERT or ViT."
     )
 
 
@@ -560,33 +570,23 @@ def _normalizes(module: nn.Module) -> bool:
     return type(module).__name__ == "Normalize"
 
 
-def _takes_pictures(config) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    return MODEL_MAPPING[type(config)].main_input_name == "pixel_values"
-
-
 def _sentence_transformer_settings(path: str) -> dict:
-    """Pooling and similarity of a checkpoint of sentence-transformers; nothing for others."""
+    """The pooling of a checkpoint of sentence-transformers; nothing for others."""
     modules = _read_json(path, "modules.json")
     if modules is None:
         return {}
-    names = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    pooling = next(
-        (_read_json(path, f"{module['path']}/config.json") for module in modules if module["type"].endswith("Pooling")),
-        {},
-    )
-    chosen = pooling.get("pooling_mode") or {key for key, value in pooling.items() if value is True}
-    kind = {"mean": "mean", "cls": "cls"}.get(chosen) if isinstance(chosen, str) else None
-    if kind is None and not isinstance(chosen, str):
-        modes = {name for name in chosen if name.startswith("pooling_mode_")}
-        kind = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get("".join(modes))
-    if kind is None or not set(names) <= {"Transformer", "Pooling", "Normalize"}:
+    kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
+    settings = _read_json(path, f"{kinds.get('Pooling')}/config.json") or {}
+    # Older checkpoints have one flag per pooling.
+    flags = {name for name, value in settings.items() if name.startswith("pooling_mode_") and value}
+    poolings = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    pooling = settings.get("pooling_mode") or ",".join(poolings.get(flag, flag) for flag in flags)
+    if pooling not in TOKEN_POOLINGS or not kinds.keys() <= {"Transformer", "Pooling", "Normalize"}:
         raise ValueError(
-            f"{path} is a checkpoint of sentence-transformers with {', '.join(names)} and a pooling {pooling}, more "
-            "than is read here: load it with SentenceTransformer(...) and give that to SiameseAttributor."
+            f"{path} is a checkpoint of sentence-transformers with {', '.join(kinds)} and the pooling {pooling!r}, "
+            "more than is read here: load it with SentenceTransformer(...) and give that to SiameseAttributor."
         )
-    return {"pooling": kind}
+    return {"pooling": pooling}
 
 
 def _read_json(path: str, name: str):
@@ -595,20 +595,6 @@ def _read_json(path: str, name: str):
     except OSError:
         return None
     return json.loads(Path(file).read_text()) if file else None
-
-
-def _as_uint8(picture) -> torch.Tensor:
-    """PIL pictures, arrays and tensors to uint8 (channels, height, width)."""
-    if isinstance(picture, Image.Image):
-        array = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
-        picture = torch.from_numpy(array)
-        return picture[None] if picture.ndim == 2 else picture.permute(2, 0, 1)
-    picture = torch.as_tensor(picture)
-    if picture.dtype != torch.uint8 or picture.ndim != 3:
-        raise ValueError(
-            f"A picture is {picture.dtype} of shape {tuple(picture.shape)}; expected uint8 (channels, height, width)."
-        )
-    return picture
 
 
 def _blurred(pixels: torch.Tensor) -> torch.Tensor:

@@ -131,13 +131,16 @@ def attribution_of_pictures(
     largest = max(values.abs().max().item() for values in sums) or 1.0
     for axis, picture, (rows, columns), values in zip(axes, pictures, grids, sums, strict=True):
         extent = (0, columns, rows, 0)
-        axis.imshow(_drawable(picture), cmap="gray", vmin=0, vmax=1, extent=extent)
+        # In gray, for the colours are the attribution's.
+        axis.imshow(picture.mean(dim=0).numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
         shade = values.view(rows, columns).numpy()
         axis.imshow(shade, cmap="RdBu_r", vmin=-largest, vmax=largest, alpha=0.5, extent=extent)
         axis.axis("off")
     strongest = max(abs(value) for *_, value in pairs) or 1.0
     for first, second, value in pairs:
-        ends = [(p % columns + 0.5, p // columns + 0.5) for p, (_, columns) in zip((first, second), grids, strict=True)]
+        ends = [
+            (p % columns + 0.5, p // columns + 0.5) for p, (_, columns) in zip((first, second), grids, strict=True)
+        ]
         line = ConnectionPatch(
             *ends,
             "data",
@@ -145,9 +148,12 @@ def attribution_of_pictures(
             axesA=axes[0],
             axesB=axes[1],
             color="tab:red" if value > 0 else "tab:blue",
-            linewidth=0.5 + 2 * abs(value) / strongest,
+            linewidth=0.5 + abs(value) / strongest,
+            alpha=0.8,
         )
         figure.add_artist(line)
+        for axis, end in zip(axes, ends, strict=True):
+            axis.plot(*end, marker="o", markersize=3, color="black")
     figure.suptitle(textwrap.fill(title, 110), fontsize=7)
     return _rendered(figure)
 

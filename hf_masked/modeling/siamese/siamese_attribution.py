@@ -75,8 +75,8 @@ class ReferenceShiftedConfig(VariantConfig):
             not isinstance(token, int) or not 0 <= token < backbone.vocab_size for token in self.reference_ids
         ):
             raise ValueError(
-                f"reference_ids is {self.reference_ids}; expected three ids below vocab_size={backbone.vocab_size}, of "
-                "the first token, the filler and the last. Give those of the tokenizer: reference_ids=("
+                f"reference_ids is {self.reference_ids}; expected three ids below vocab_size={backbone.vocab_size}: "
+                "of the first token, the filler and the last. Give those of the tokenizer: reference_ids=("
                 "tokenizer.cls_token_id, tokenizer.pad_token_id, tokenizer.sep_token_id)."
             )
 
@@ -85,8 +85,8 @@ def reference_tokens(attention_mask: torch.Tensor, reference_ids: tuple[int, int
     """The reference of each text: as long as the text, without content (paper, section 2.2, "reference").
 
     Args:
-        attention_mask: (batch, tokens), 1 for the tokens of the text, 0 for padding on either side. The reference's own
-            mask is the same: its fillers are attended to.
+        attention_mask: (batch, tokens), 1 for the tokens of the text, 0 for padding on either side. The reference has
+            the same mask: its fillers are attended to.
         reference_ids: ids of its first token, its filler and its last token.
 
     Returns:
