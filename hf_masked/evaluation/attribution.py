@@ -29,7 +29,6 @@ from hf_masked.evaluation.features import ImageSettings, evaluation_mode, load_e
 from hf_masked.modeling.parts.backbones import load_backbone
 from hf_masked.modeling.parts.patches import pair, patch_grid
 from hf_masked.modeling.parts.pooling import (
-    POOLINGS,
     TOKEN_POOLINGS,
     interpolation_argument,
     pool,
@@ -42,6 +41,7 @@ from hf_masked.training.visualization import attribution_of_pictures, attributio
 SIMILARITIES = ("cosine", "dot")
 RULES = ("midpoint", "right")
 FORMS = ("jvp", "backward")
+PICTURE_POOLINGS = ("auto", "mean", "cls")
 
 # Where encoders of transformers keep their layers: BERT and its kind, DistilBERT, ViT and ModernBERT.
 LAYERS = ("encoder.layer", "transformer.layer", "layers", "encoder.layers")
@@ -159,8 +159,8 @@ class SiameseAttributor:
             after).
         processor: the tokenizer; for pictures an image processor or `ImageSettings`. Not needed for ready `input_ids`
             or normalised `pixel_values`, nor by a `SentenceTransformer`.
-        pooling: "mean" or "cls" of texts, for pictures also the others of `hf_masked.modeling.parts.pooling.pool`. By
-            default the model's own if it says one; else the mean, and for pictures "auto".
+        pooling: "mean" or "cls" (for pictures see `hf_masked.modeling.parts.pooling.pool`; "auto" too). By default the
+            model's own if it says one, else the mean.
         layer: the input of which of the encoder's layers is explained: 0 is the output of the embeddings, -1 the input
             of the last layer. Later layers need fewer steps.
         num_steps: of the integral.
@@ -464,7 +464,7 @@ class _Pictures:
     """What the attribution has to know of pictures."""
 
     def __init__(self, encoder: PreTrainedModel, processor, pooling: str | None, reference):
-        self.pooling = _one_of("pooling", pooling or "auto", POOLINGS)
+        self.pooling = _one_of("pooling", pooling or "auto", PICTURE_POOLINGS)
         self.encoder = encoder
         known = processor is None or isinstance(processor, ImageSettings)
         self.settings = processor if known else ImageSettings.of_processor(processor)
@@ -476,11 +476,10 @@ class _Pictures:
         if not (isinstance(picture, torch.Tensor) and picture.is_floating_point()):
             if self.settings is None:
                 raise ValueError("Give an image processor as `processor`, or normalised float pictures.")
-            settings, picture = self.settings, to_channels(picture, self.settings.num_channels)
-            pixels = to_uint8_tensor(picture) if isinstance(picture, Image.Image) else picture
-            picture = to_model_input(pixels[None], settings.mean, settings.std, settings.size, settings.num_channels)[
-                0
-            ]
+            wanted = self.settings
+            pixels = to_channels(picture, wanted.num_channels)
+            pixels = to_uint8_tensor(pixels) if isinstance(pixels, Image.Image) else pixels
+            picture = to_model_input(pixels[None], wanted.mean, wanted.std, wanted.size, wanted.num_channels)[0]
         if picture.ndim != 3 or picture.shape[0] != self.encoder.config.num_channels:
             raise ValueError(
                 f"A picture is {tuple(picture.shape)}; expected ({self.encoder.config.num_channels} channels, height, "
