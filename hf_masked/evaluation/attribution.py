@@ -300,6 +300,7 @@ class SiameseAttributor:
         """One of the two inputs: its embedding, its reference's, and what its tokens contribute to each dimension."""
         inputs = self.inputs.prepare(x, self.encoder.device)
         end, last = self._run(inputs)  # each (1, tokens, hidden)
+        tokens, special = self.inputs.tokens(inputs, end.shape[1])
         start, last_of_reference = self._run(self.inputs.reference_of(inputs))
 
         def pool(hidden: torch.Tensor) -> torch.Tensor:
@@ -319,7 +320,6 @@ class SiameseAttributor:
             contributions = contributions if per_feature else contributions.sum(dim=2)
         else:
             contributions = self._forward(embed, start, end, alphas)
-        tokens, special = self.inputs.tokens(inputs, end.shape[1])
         return _Side(
             tokens=tokens,
             special=special,
@@ -465,7 +465,7 @@ class _Pictures:
 
     def __init__(self, encoder: PreTrainedModel, processor, pooling: str | None, reference):
         self.pooling = _one_of("pooling", pooling or "auto", PICTURE_POOLINGS)
-        self.encoder = encoder
+        self.encoder, self.processor = encoder, processor
         known = processor is None or isinstance(processor, ImageSettings)
         self.settings = processor if known else ImageSettings.of_processor(processor)
         self.reference = reference or "zeros"
@@ -476,10 +476,7 @@ class _Pictures:
         if not (isinstance(picture, torch.Tensor) and picture.is_floating_point()):
             if self.settings is None:
                 raise ValueError("Give an image processor as `processor`, or normalised float pictures.")
-            wanted = self.settings
-            pixels = to_channels(picture, wanted.num_channels)
-            pixels = to_uint8_tensor(pixels) if isinstance(pixels, Image.Image) else pixels
-            picture = to_model_input(pixels[None], wanted.mean, wanted.std, wanted.size, wanted.num_channels)[0]
+            picture = self._processed(picture)
         if picture.ndim != 3 or picture.shape[0] != self.encoder.config.num_channels:
             raise ValueError(
                 f"A picture is {tuple(picture.shape)}; expected ({self.encoder.config.num_channels} channels, height, "
@@ -516,6 +513,14 @@ class _Pictures:
             return (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-6)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.settings.mean, self.settings.std))
         return (pixels * std + mean).clamp(0, 1)
+
+    def _processed(self, picture) -> torch.Tensor:
+        if self.processor is not self.settings:
+            return self.processor(picture, return_tensors="pt")["pixel_values"][0]
+        wanted = self.settings
+        pixels = to_channels(picture, wanted.num_channels)
+        pixels = to_uint8_tensor(pixels) if isinstance(pixels, Image.Image) else pixels
+        return to_model_input(pixels[None], wanted.mean, wanted.std, wanted.size, wanted.num_channels)[0]
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,8 @@ def tiny_config() -> ReferenceShiftedConfig:
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=32,
-        pad_token_id=0,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     return ReferenceShiftedConfig(backbone_config=backbone_config, reference_ids=(1, 0, 2))
 
