@@ -501,7 +501,7 @@ class _Pictures:
         if prefix < 0:
             raise ValueError(
                 f"The explained layer has {count} tokens for {rows} x {columns} patches: a "
-                f"{type(self.encoder).__name__} merges patches, and its tokens cannot be told apart. Use a ViT."
+                f"{type(self.encoder).__name__} has merged patches before it. Explain layer=0, or use a ViT."
             )
         names = [f"[{number}]" for number in range(prefix)] if prefix > 1 else ["[CLS]"] * prefix
         names += [f"{row},{column}" for row in range(rows) for column in range(columns)]

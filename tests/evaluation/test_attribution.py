@@ -419,14 +419,17 @@ def test_wrong_settings_are_named(settings, words):
         explain(text_encoder(), **settings)
 
 
-def test_encoders_without_tokens_are_refused():
+def test_encoders_of_which_layers_have_no_tokens():
     with pytest.raises(ValueError, match="ResNetModel has no list of layers"):
         SiameseAttributor(ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])))
+    torch.manual_seed(0)
     swin = AutoModel.from_config(
         SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2, image_size=32, patch_size=4)
     )
-    with pytest.raises(ValueError, match="merges patches"):
+    with pytest.raises(ValueError, match="Explain layer=0"):
         explain_similarity(swin, *torch.randn(2, 3, 32, 32))
+    found = explain_similarity(swin, *torch.randn(2, 3, 32, 32), layer=0, num_steps=10, reference="blur")
+    assert found.attributions.shape == (64, 64) and found.completeness_error < 0.01 * abs(found.expected_sum)
 
 
 def test_wrong_inputs_are_named():
