@@ -39,7 +39,7 @@ def main() -> None:
         print(f"{pair.attribution:+.3f}  {pair.token_a} - {pair.token_b}")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     found.picture().save(arguments.output_dir / "explanation.png")
-    (arguments.output_dir / "explanation.html").write_text(found.to_html())
+    (arguments.output_dir / "explanation.html").write_text(found.to_html(), encoding="utf-8")
     print(f"\nWrote explanation.png and explanation.html to {arguments.output_dir.resolve()}.")
 
 

@@ -300,7 +300,7 @@ def explain(
     typer.echo(f"Wrote {output}.")
     if html:
         html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(shown.to_html())
+        html.write_text(shown.to_html(), encoding="utf-8")
         typer.echo(f"Wrote {html}.")
 
 

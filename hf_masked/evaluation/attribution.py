@@ -134,8 +134,8 @@ class SiameseAttribution:
         )
         style = "font:13px sans-serif;border-collapse:collapse;text-align:center"
         return (
-            f'<table style="{style}"><caption style="text-align:left;padding:4px">{html.escape(self.summary())}'
-            f"</caption><tr><th></th>{head}</tr>{rows}</table>"
+            f'<meta charset="utf-8"><table style="{style}"><caption style="text-align:left;padding:4px">'
+            f"{html.escape(self.summary())}</caption><tr><th></th>{head}</tr>{rows}</table>"
         )
 
     _repr_html_ = to_html

@@ -114,7 +114,8 @@ def attribution_of_pictures(
     pairs: list[tuple[int, int, float]],
     title: str,
 ) -> Image.Image:
-    """Two pictures, shaded by what each patch adds to their similarity (red) and takes from it (blue).
+    """Two pictures, and between them the same shaded by what each patch adds to their similarity (red) and takes from
+    it (blue), the strongest pairs of patches joined.
 
     Args:
         attributions: float (patches of a, patches of b), without other tokens.
@@ -126,35 +127,39 @@ def attribution_of_pictures(
     plt = _pyplot()
     from matplotlib.patches import ConnectionPatch
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 4))
+    figure, (left, *shaded, right) = plt.subplots(1, 4, figsize=(12, 3.4))
+    for axis, picture in zip((left, right), pictures, strict=True):
+        axis.imshow(_drawable(picture), cmap="gray", vmin=0, vmax=1)
+        axis.axis("off")
     sums = attributions.sum(dim=1), attributions.sum(dim=0)
     largest = max(values.abs().max().item() for values in sums) or 1.0
-    for axis, picture, (rows, columns), values in zip(axes, pictures, grids, sums, strict=True):
+    for axis, picture, (rows, columns), values in zip(shaded, pictures, grids, sums, strict=True):
         extent = (0, columns, rows, 0)
         # In gray, for the colours are the attribution's.
         axis.imshow(picture.mean(dim=0).numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
-        shade = values.view(rows, columns).numpy()
-        axis.imshow(shade, cmap="RdBu_r", vmin=-largest, vmax=largest, alpha=0.5, extent=extent)
+        shade = axis.imshow(
+            values.view(rows, columns).numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, alpha=0.6, extent=extent
+        )
         axis.axis("off")
+    figure.colorbar(shade, ax=[left, *shaded, right], fraction=0.015, pad=0.01).ax.tick_params(labelsize=6)
     strongest = max(abs(value) for *_, value in pairs) or 1.0
     for first, second, value in pairs:
-        ends = [
-            (p % columns + 0.5, p // columns + 0.5) for p, (_, columns) in zip((first, second), grids, strict=True)
-        ]
+        places = zip((first, second), grids, strict=True)
+        ends = [(place % columns + 0.5, place // columns + 0.5) for place, (_, columns) in places]
         line = ConnectionPatch(
             *ends,
             "data",
             "data",
-            axesA=axes[0],
-            axesB=axes[1],
+            axesA=shaded[0],
+            axesB=shaded[1],
             color="tab:red" if value > 0 else "tab:blue",
             linewidth=0.5 + abs(value) / strongest,
             alpha=0.8,
         )
         figure.add_artist(line)
-        for axis, end in zip(axes, ends, strict=True):
+        for axis, end in zip(shaded, ends, strict=True):
             axis.plot(*end, marker="o", markersize=3, color="black")
-    figure.suptitle(textwrap.fill(title, 110), fontsize=7)
+    figure.suptitle(textwrap.fill(title, 160), fontsize=7)
     return _rendered(figure)
 
 
