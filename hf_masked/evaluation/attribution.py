@@ -233,10 +233,13 @@ class SiameseAttributor:
             settings: of `SiameseAttributor`.
 
         Raises:
-            ValueError: for a checkpoint of sentence-transformers with other modules than a transformer, a pooling by
-                mean or class token and a normalisation.
+            ValueError: for a checkpoint without an encoder, or one of sentence-transformers with other modules than a
+                transformer, a pooling by mean or class token and a normalisation.
         """
-        if MODEL_MAPPING[type(AutoConfig.from_pretrained(path))].main_input_name == "pixel_values":
+        config = AutoConfig.from_pretrained(path)
+        if type(config) not in MODEL_MAPPING:
+            raise ValueError(f"{path} holds a {config.model_type!r}, for which transformers has no encoder.")
+        if MODEL_MAPPING[type(config)].main_input_name == "pixel_values":
             return cls(*load_encoder(path), **settings)
         settings = _sentence_transformer_settings(path) | settings
         return cls(load_backbone(path), AutoTokenizer.from_pretrained(path), **settings)
@@ -594,10 +597,7 @@ def _sentence_transformer_settings(path: str) -> dict:
 
 
 def _read_json(path: str, name: str):
-    try:
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return None
+    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(file).read_text()) if file else None
 
 
