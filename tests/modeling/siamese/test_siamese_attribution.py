@@ -30,6 +30,7 @@ from hf_masked import (
 )
 from hf_masked.evaluation.attribution import SiameseAttributor
 from hf_masked.modeling.siamese.siamese_attribution import example_inputs, reference_tokens, tiny_config
+from hf_masked.training.cli import main as program
 from tests.parity.fill import filled
 
 ROOT = Path(__file__).parents[3]
@@ -200,6 +201,14 @@ def test_catalogue_has_it_as_a_procedure():
     assert variant.kind == "procedure" and variant.family == "siamese" and variant.config.modality == "text"
     card = (ROOT / "model_cards" / "siamese_attribution.md").read_text()
     assert variant.config.paper_title in card and variant.config.arxiv_id in card
+
+
+def test_train_py_says_where_texts_are_learnt_from(tmp_path, capsys):
+    flags = ["--method", "siamese_attribution", "--dataset_name", "digits", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        program([*flags, "--use_cpu", "true", "--bf16", "false"])
+    line = capsys.readouterr().err
+    assert "transformers' Trainer" in line and "model_cards/siamese_attribution.md" in line
 
 
 def test_config_and_weights_survive_a_round_trip(tmp_path):
