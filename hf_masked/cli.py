@@ -260,6 +260,60 @@ def visualize(
 
 
 @app.command()
+def explain(
+    checkpoint: Checkpoint,
+    first: Annotated[str, typer.Argument(help="A text, or for an encoder of pictures a file.")],
+    second: Annotated[str, typer.Argument(help="What it is compared with.")],
+    layer: Annotated[
+        int, typer.Option(help="Whose input is explained: 0 is the embeddings' output, -1 the last layer's input.")
+    ] = -1,
+    num_steps: Annotated[int, typer.Option(help="Of the integral; more make the completeness error smaller.")] = 50,
+    rule: Annotated[str, typer.Option(help="midpoint, or right.")] = "midpoint",
+    similarity: Annotated[str | None, typer.Option(help="cosine or dot; by default the model's own.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean or cls; by default the model's own.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="What counts as empty: pad for texts; zeros or blur for pictures.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Pairs to print.")] = 10,
+    special: Annotated[bool, typer.Option(help="Show class and separator tokens too.")] = False,
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("explanation.png"),
+    html: Annotated[Path | None, typer.Option(help="HTML file to write, a table of tokens by tokens.")] = None,
+) -> None:
+    """Shows which tokens, or patches, of two inputs make an encoder call them similar (Siamese attribution)."""
+    import hf_masked  # noqa: F401 (registers the methods)
+    from hf_masked.evaluation.attribution import SiameseAttributor
+    from hf_masked.processing.decoding import open_image
+
+    attributor = SiameseAttributor.from_pretrained(
+        checkpoint,
+        layer=layer,
+        num_steps=num_steps,
+        rule=rule,
+        similarity=similarity,
+        reference=reference,
+        **({"pooling": pooling} if pooling else {}),  # else what the checkpoint says
+    )
+    inputs = [open_image(name, name) if attributor.takes_pictures else name for name in (first, second)]
+    found = attributor.explain(*inputs)
+    figures = {"similarity": found.score, **found.reference_terms, "sum of all pairs": found.attributions.sum().item()}
+    for name, value in figures.items():
+        typer.echo(f"{name:<24}{value:.4f}")
+    typer.echo(f"{'completeness error':<24}{found.completeness_error:.2g}\n")
+    shown = found if special else found.drop_special()
+    if not special:
+        typer.echo(f"Without special tokens, whose pairs hold {shown.left_out:.4f} of the sum:")
+    rows = [(pair.token_a, pair.token_b, f"{pair.attribution:+.4f}") for pair in shown.top_pairs(top)]
+    _table([("first", "second", "adds"), *rows])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shown.picture().save(output)
+    typer.echo(f"Wrote {output}.")
+    if html:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(shown.to_html(), encoding="utf-8")
+        typer.echo(f"Wrote {html}.")
+
+
+@app.command()
 def cache(
     dataset_name: Annotated[str, typer.Argument(help="Hub id, folder of images, Parquet or tar files.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; then --dataset_name of train.py.")],

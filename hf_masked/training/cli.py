@@ -68,6 +68,11 @@ def train(method: MethodArguments, data: DataArguments, args: PreTrainingArgumen
     follow_launcher()
     set_seed(args.seed)
     variant = get_variant(method.method)
+    if variant.config.modality != "image":
+        raise RecipeError(
+            f"{variant.name} learns from {variant.config.modality}, and train.py from pictures: train it with "
+            f"transformers' Trainer, as model_cards/{variant.name}.md shows."
+        )
     model = make_model(variant, method)
     processor = make_processor(variant, model, method)
     source = open_source(data, data.train_split, data.streaming)

@@ -1,6 +1,7 @@
 """Pictures for people: grids of what a model masks and predicts, loss curves, embedding plots."""
 
 import io
+import textwrap
 from pathlib import Path
 
 import torch
@@ -76,6 +77,90 @@ def embedding_plot(
     axis.set_xticks([])
     axis.set_yticks([])
     return _saved(figure, path)
+
+
+def attribution_of_texts(
+    attributions: torch.Tensor, tokens_a: list[str], tokens_b: list[str], title: str
+) -> Image.Image:
+    """The matrix of what pairs of tokens add to a similarity (red) and take from it (blue), with its tokens.
+
+    Args:
+        attributions: float (tokens of a, tokens of b).
+        tokens_a, tokens_b: their names.
+        title: a line above.
+    """
+    plt = _pyplot()
+    rows, columns = attributions.shape
+    figure, axis = plt.subplots(figsize=(0.45 * columns + 1.6, 0.36 * rows + 1.2))
+    largest = attributions.abs().max().item() or 1.0
+    shown = axis.imshow(attributions.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+    axis.set_xticks(range(columns), tokens_b, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axis.set_yticks(range(rows), tokens_a, fontsize=8)
+    if rows * columns <= 600:  # beyond that figures would not be legible
+        for i in range(rows):
+            for j in range(columns):
+                value = attributions[i, j].item()
+                color = "white" if abs(value) > 0.6 * largest else "black"
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
+    axis.set_title(textwrap.fill(title, max(40, 8 * columns)), fontsize=7, loc="left")
+    figure.colorbar(shown, ax=axis, fraction=0.03, pad=0.02).ax.tick_params(labelsize=6)
+    return _rendered(figure)
+
+
+def attribution_of_pictures(
+    attributions: torch.Tensor,
+    pictures: tuple[torch.Tensor, torch.Tensor],
+    grids: list[tuple[int, int]],
+    pairs: list[tuple[int, int, float]],
+    title: str,
+) -> Image.Image:
+    """Two pictures, and between them the same shaded by what each patch adds to their similarity (red) and takes from
+    it (blue), the strongest pairs of patches joined.
+
+    Args:
+        attributions: float (patches of a, patches of b), without other tokens.
+        pictures: float (channels, height, width) in [0, 1].
+        grids: (rows, columns) of patches of both.
+        pairs: (patch of a, patch of b, attribution) to be joined by lines.
+        title: a line above.
+    """
+    plt = _pyplot()
+    from matplotlib.patches import ConnectionPatch
+
+    figure, (left, *shaded, right) = plt.subplots(1, 4, figsize=(12, 3.4))
+    for axis, picture in zip((left, right), pictures, strict=True):
+        axis.imshow(_drawable(picture), cmap="gray", vmin=0, vmax=1)
+        axis.axis("off")
+    sums = attributions.sum(dim=1), attributions.sum(dim=0)
+    largest = max(values.abs().max().item() for values in sums) or 1.0
+    for axis, picture, (rows, columns), values in zip(shaded, pictures, grids, sums, strict=True):
+        extent = (0, columns, rows, 0)
+        # In gray, for the colours are the attribution's.
+        axis.imshow(picture.mean(dim=0).numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
+        shade = axis.imshow(
+            values.view(rows, columns).numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, alpha=0.6, extent=extent
+        )
+        axis.axis("off")
+    figure.colorbar(shade, ax=[left, *shaded, right], fraction=0.015, pad=0.01).ax.tick_params(labelsize=6)
+    strongest = max(abs(value) for *_, value in pairs) or 1.0
+    for first, second, value in pairs:
+        places = zip((first, second), grids, strict=True)
+        ends = [(place % columns + 0.5, place // columns + 0.5) for place, (_, columns) in places]
+        line = ConnectionPatch(
+            *ends,
+            "data",
+            "data",
+            axesA=shaded[0],
+            axesB=shaded[1],
+            color="tab:red" if value > 0 else "tab:blue",
+            linewidth=0.5 + abs(value) / strongest,
+            alpha=0.8,
+        )
+        figure.add_artist(line)
+        for axis, end in zip(shaded, ends, strict=True):
+            axis.plot(*end, marker="o", markersize=3, color="black")
+    figure.suptitle(textwrap.fill(title, 160), fontsize=7)
+    return _rendered(figure)
 
 
 def _pyplot():

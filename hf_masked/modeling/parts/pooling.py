@@ -1,4 +1,4 @@
-"""One vector per picture from what a stock transformers encoder returns."""
+"""One vector per picture or text from what a stock transformers encoder returns."""
 
 import inspect
 
@@ -9,6 +9,9 @@ from transformers.utils import ModelOutput
 from hf_masked.modeling.parts.patches import check_pixel_values, pair
 
 POOLINGS = ("auto", "mean", "cls", "pooler")
+
+# Of texts.
+TOKEN_POOLINGS = ("mean", "cls")
 
 # Stock encoders of pictures that `pool` has been tried with: their output is a vector whichever way "auto" goes.
 POOLED_BACKBONES = ("resnet", "regnet", "convnext", "convnextv2", "vit", "deit", "beit", "dinov2", "swin")
@@ -52,6 +55,23 @@ def _num_prefix_tokens(hidden: torch.Tensor, config: PreTrainedConfig, size: tup
         return 0
     rows, columns = (side // patch for side, patch in zip(size, pair(patch_size), strict=True))
     return max(hidden.shape[1] - rows * columns, 0)
+
+
+def pool_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str = "mean") -> torch.Tensor:
+    """One vector per text.
+
+    Args:
+        hidden: (batch, tokens, width).
+        attention_mask: (batch or 1, tokens), 1 for the tokens of the text.
+        pooling: "mean" of the text's tokens, special ones included; "cls", the first of them.
+
+    Returns:
+        (batch, width).
+    """
+    mask = attention_mask.to(hidden.dtype)
+    if pooling == "cls":
+        mask = mask * (mask.cumsum(dim=1) == 1)
+    return (hidden * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def encode_pooled(backbone: PreTrainedModel, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:

@@ -8,6 +8,11 @@ from hf_masked.modeling.siamese.hallucinator import (
     HallucinatorConfig,
 )
 from hf_masked.modeling.siamese.moco import MoCoConfig, MoCoForPreTraining, MoCoModel
+from hf_masked.modeling.siamese.siamese_attribution import (
+    ReferenceShiftedConfig,
+    ReferenceShiftedEncoder,
+    ReferenceShiftedForSimilarity,
+)
 from hf_masked.modeling.siamese.simclr import SimCLRConfig, SimCLRForPreTraining, SimCLRModel
 from hf_masked.modeling.siamese.simsiam import SimSiamConfig, SimSiamForPreTraining, SimSiamModel
 from hf_masked.modeling.siamese.tribyol import TriBYOLConfig, TriBYOLForPreTraining, TriBYOLModel
@@ -24,6 +29,9 @@ __all__ = [
     "MoCoConfig",
     "MoCoForPreTraining",
     "MoCoModel",
+    "ReferenceShiftedConfig",
+    "ReferenceShiftedEncoder",
+    "ReferenceShiftedForSimilarity",
     "SimCLRConfig",
     "SimCLRForPreTraining",
     "SimCLRModel",
