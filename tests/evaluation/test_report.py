@@ -32,17 +32,6 @@ def split(count, seed):
     return images.to(torch.uint8), labels
 
 
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory):
-    """No network, no use of what an earlier run left in the cache."""
-    import evaluate.config
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("socket.socket.connect", lambda *_: pytest.fail("a metric asked the network"))
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path_factory.mktemp("modules"))
-        yield
-
-
 def test_everything_about_an_encoder(tmp_path):
     torch.manual_seed(0)
     train, test = split(60, 0), split(20, 1)

@@ -53,7 +53,7 @@ def test_too_many_neighbours_are_refused():
         retrieval(torch.eye(3), torch.zeros(3), ks=(3,))
 
 
-def test_it_is_a_module_of_evaluate():
+def test_it_is_a_module_of_evaluate(offline):
     features, labels = data()
     metric = load_metric("retrieval")
     found = metric.compute(predictions=None, references=labels.tolist(), features=features.tolist(), ks=[1, 3])
