@@ -1,6 +1,12 @@
 """Siamese learning: encoders that agree on views of the same thing."""
 
 from hf_masked.modeling.siamese.byol import BYOLConfig, BYOLForPreTraining, BYOLModel
+from hf_masked.modeling.siamese.cropmae import (
+    CropMAEConfig,
+    CropMAEForImageClassification,
+    CropMAEForPreTraining,
+    CropMAEModel,
+)
 from hf_masked.modeling.siamese.hallucinator import (
     HallucinatedMoCoConfig,
     HallucinatedMoCoForPreTraining,
@@ -22,6 +28,10 @@ __all__ = [
     "BYOLConfig",
     "BYOLForPreTraining",
     "BYOLModel",
+    "CropMAEConfig",
+    "CropMAEForImageClassification",
+    "CropMAEForPreTraining",
+    "CropMAEModel",
     "HallucinatedMoCoConfig",
     "HallucinatedMoCoForPreTraining",
     "HallucinatedMoCoModel",
