@@ -1,5 +1,5 @@
-"""CropMAE: of two crops of a picture one is seen whole, and of the other two patches, from which cross-attention to the
-first one completes it.
+"""CropMAE: of two crops of a picture one is seen whole, of the other two patches; a decoder that attends to the first
+completes the second.
 
 Alexandre Eymaël et al., "Efficient Image Pre-Training with Siamese Cropped Masked Autoencoders", ECCV 2024, arXiv
 2403.17823.
