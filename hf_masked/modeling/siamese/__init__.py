@@ -19,6 +19,12 @@ from hf_masked.modeling.siamese.siamese_attribution import (
     ReferenceShiftedEncoder,
     ReferenceShiftedForSimilarity,
 )
+from hf_masked.modeling.siamese.siammae import (
+    SiamMAEConfig,
+    SiamMAEForImageClassification,
+    SiamMAEForPreTraining,
+    SiamMAEModel,
+)
 from hf_masked.modeling.siamese.simclr import SimCLRConfig, SimCLRForPreTraining, SimCLRModel
 from hf_masked.modeling.siamese.simsiam import SimSiamConfig, SimSiamForPreTraining, SimSiamModel
 from hf_masked.modeling.siamese.tribyol import TriBYOLConfig, TriBYOLForPreTraining, TriBYOLModel
@@ -42,6 +48,10 @@ __all__ = [
     "ReferenceShiftedConfig",
     "ReferenceShiftedEncoder",
     "ReferenceShiftedForSimilarity",
+    "SiamMAEConfig",
+    "SiamMAEForImageClassification",
+    "SiamMAEForPreTraining",
+    "SiamMAEModel",
     "SimCLRConfig",
     "SimCLRForPreTraining",
     "SimCLRModel",
