@@ -122,8 +122,8 @@ class FramePairs(PictureSets):
     def __init__(self, source: ImageSource, gap_range: tuple[int, int] = (4, 48)):
         if not 1 <= gap_range[0] < gap_range[1]:
             raise ValueError(
-                f"The range of gaps is {tuple(gap_range)}; it must be (smallest, one more than the largest), from 1 on, "
-                "for example (4, 48)."
+                f"The range of gaps is {tuple(gap_range)}; it must be (smallest, one more than the largest), from 1 "
+                "on, for example (4, 48)."
             )
         bounds = source.clips()
         if bounds is None:
