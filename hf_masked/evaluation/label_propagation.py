@@ -126,7 +126,7 @@ def region_similarity(prediction: torch.Tensor, reference: torch.Tensor) -> torc
 
 
 def contour_accuracy(prediction: torch.Tensor, reference: torch.Tensor, tolerance: float = 0.008) -> torch.Tensor:
-    """F: harmonic mean of the contours' precision and recall, of bool masks (frames, height, width): float32 (frames,).
+    """F: harmonic mean of the contours' precision and recall of bool masks (frames, height, width): float32 (frames,).
 
     A pixel of a contour is right where the other contour passes within the tolerance. 1 where neither mask has one.
 
