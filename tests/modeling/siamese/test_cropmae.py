@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import ViTConfig
 
-from hf_masked import CropMAEConfig, CropMAEForPreTraining, CropMAEModel
+from hf_masked import CropMAEConfig, CropMAEForPreTraining, CropMAEModel, CropPairImageProcessor
 from hf_masked.modeling.conversion import convert
-from hf_masked.modeling.parts.backbones import encode_visible
+from hf_masked.modeling.parts.backbones import encode_visible, tiny_vit
 from hf_masked.modeling.parts.blocks import CrossAttention
 from hf_masked.modeling.registry import get_variant
 from hf_masked.modeling.siamese.cropmae import convert_official_weights, official_config, tiny_config
@@ -331,3 +332,66 @@ def test_pictures_show_both_views_the_mask_and_the_completion():
     hidden = mask.unflatten(1, (4, 4)).repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)[:, None]
     assert torch.equal(masked, view_2.masked_fill(hidden, 0.0))
     assert torch.equal(completed.masked_fill(hidden, 0.0), masked) and not torch.equal(completed, view_2)
+
+
+# --- section 11: what it learns ---
+
+
+def smooth(count: int, seed: int) -> torch.Tensor:
+    """uint8 (count, 1, 24, 24), clouds."""
+    coarse = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return (255 * F.interpolate(coarse, 24, mode="bicubic").mul(1.5).sigmoid()).byte()
+
+
+def clouds_processor(config: CropMAEConfig, strategy: str) -> CropPairImageProcessor:
+    settings = {"crop_scale": (0.5, 1.0), "flip_probability": 0.0, "image_mean": 0.5, "image_std": 0.25}
+    return CropPairImageProcessor(**config.processor_settings() | settings | {"strategy": strategy})
+
+
+def trained_on_clouds(strategy: str, steps: int) -> CropMAEForPreTraining:
+    """A small CropMAE, of whose second view 2 of 16 patches are visible."""
+    torch.manual_seed(0)
+    config = CropMAEConfig(
+        backbone_config=tiny_vit(hidden_size=64, image_size=16, patch_size=4, num_channels=1),
+        mask_ratio=0.85,
+        decoder_hidden_size=64,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=128,
+        decoder_dropout=0.0,
+    )
+    model, processor = CropMAEForPreTraining(config).train(), clouds_processor(config, strategy)
+    pictures = smooth(512, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+    for step in range(steps):
+        indices = torch.randint(len(pictures), (64,), generator=torch.Generator().manual_seed(step))
+        pixels = processor.prepare_training(pictures[indices], indices, 0, step)
+        model(**processor.finish_training(pixels, indices, 0, step)).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def errors(model: CropMAEForPreTraining, strategy: str) -> dict[str, float]:
+    """Losses on new clouds: with the view 1 that belongs to view 2, with another picture's, and with noise."""
+    batch = clouds_processor(model.config, strategy)(list(smooth(64, 1)), training=True, seed=5)
+    view_1, view_2 = batch["pixel_values"].unbind(dim=1)
+    noise = torch.randn(view_1.shape, generator=torch.Generator().manual_seed(0))
+    views_1 = {"own": view_1, "other": view_1.roll(1, dims=0), "noise": noise}
+    mask = batch["bool_masked_pos"]
+    return {name: model(torch.stack([view, view_2], dim=1), mask).loss.item() for name, view in views_1.items()}
+
+
+@pytest.mark.slow
+def test_the_same_view_twice_is_copied():
+    found = errors(trained_on_clouds("same_views", 400), "same_views")
+    assert found["own"] < 0.1 and min(found["other"], found["noise"]) > 1.0
+
+
+@pytest.mark.slow
+def test_a_crop_of_view_1_is_completed_from_view_1():
+    found = errors(trained_on_clouds("global_to_local", 800), "global_to_local")
+    assert found["own"] < found["other"] - 0.03 and found["own"] < found["noise"] - 0.01

@@ -1,7 +1,10 @@
 """SiamMAE: CropMAE's network on frames of clips (section 11 of CropMAE's spec); the pairs are tested in
 `tests/data/test_sets.py`, crop and flip of both in `tests/processing/test_crop_pairs.py`."""
 
+from pathlib import Path
+
 import torch
+from PIL import Image
 
 from hf_masked import CropMAEForPreTraining, CropPairImageProcessor, SiamMAEConfig, SiamMAEForPreTraining
 from hf_masked.data import ResidentImageDataset
@@ -9,8 +12,11 @@ from hf_masked.data.sets import make_sets
 from hf_masked.data.sources import ArraySource
 from hf_masked.modeling.siamese import cropmae
 from hf_masked.modeling.siamese.siammae import official_config, tiny_config
+from hf_masked.training.cli import main
 from tests.modeling.siamese.test_cropmae import official_checkpoint
 from tests.modeling.siamese.views import views
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_network_is_cropmaes():
@@ -49,3 +55,20 @@ def test_the_earlier_frame_is_the_one_that_is_seen_whole():
     values = processor.finish_training(batch["pixels"], batch["indices"], 0, 0)["pixel_values"]
     earlier, later = values[:, :, 0, 0, 0].round().unbind(dim=1)
     assert ((later - earlier >= 4) & (later - earlier < 20)).all()
+
+
+def test_the_program_trains_on_a_folder_of_clips(tmp_path):
+    for clip in range(8):
+        (tmp_path / "clips" / f"clip{clip}").mkdir(parents=True)
+        for frame in range(6):
+            picture = torch.randint(256, (40, 48, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(picture).save(tmp_path / "clips" / f"clip{clip}" / f"{frame:03}.png")
+    flags = ["--config", str(ROOT / "recipes" / "siammae_vit_tiny.yaml"), "--dataset_name", str(tmp_path / "clips")]
+    flags += ["--frame_gap", "2", "4", "--model.backbone_config.num_hidden_layers", "1", "--use_cpu", "true"]
+    flags += ["--max_steps", "3", "--per_device_train_batch_size", "4", "--picture_every_epochs", "1"]
+    flags += ["--dataloader_num_workers", "0", "--disable_tqdm", "true", "--save_strategy", "no"]
+    trainer = main([*flags, "--output_dir", str(tmp_path / "run")])
+    gaps = trainer.train_dataset.sets.pictures(torch.arange(8), 0, 0).diff(dim=1)
+    assert trainer.state.global_step == 3 and set(gaps.flatten().tolist()) == {2, 3}
+    assert list((tmp_path / "run" / "pictures").glob("step-*.png"))
+    assert SiamMAEForPreTraining.from_pretrained(tmp_path / "run").config.mask_ratio == 0.95
