@@ -12,6 +12,7 @@ from hf_masked.modeling.masked_latent import __all__ as _masked_latent
 from hf_masked.modeling.registry import CATALOGUE, get_variant
 from hf_masked.modeling.siamese import *  # noqa: F403
 from hf_masked.modeling.siamese import __all__ as _siamese
+from hf_masked.processing.crop_pairs import CropPairImageProcessor
 from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
 
@@ -25,6 +26,7 @@ for _variant in CATALOGUE.values():
 
 __all__ = [
     "CATALOGUE",
+    "CropPairImageProcessor",
     "MaskedImageProcessor",
     "MultiViewImageProcessor",
     "get_variant",

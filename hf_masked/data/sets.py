@@ -105,23 +105,74 @@ class Triplets(PictureSets):
         return torch.stack([self._by_class[self._starts[group] + place] for group, place in places], dim=1)
 
 
+class FramePairs(PictureSets):
+    """Two frames of a clip, the earlier one first, with a gap drawn uniformly (SiamMAE, section 3; alexandre-eymael/
+    CropMAE, `data/util/video_utils.py`). An epoch has one pair of each clip of two frames or more.
+
+    Args:
+        source: says where its clips begin.
+        gap_range: smallest gap, and one more than the largest, in frames; of short clips what there is.
+
+    Raises:
+        ValueError: for gaps that are none, a source without clips, or clips of single frames alone.
+    """
+
+    size: ClassVar[int] = 2
+
+    def __init__(self, source: ImageSource, gap_range: tuple[int, int] = (4, 48)):
+        if not 1 <= gap_range[0] < gap_range[1]:
+            raise ValueError(
+                f"The range of gaps is {tuple(gap_range)}; it must be (smallest, one more than the largest), from 1 "
+                "on, for example (4, 48)."
+            )
+        bounds = source.clips()
+        if bounds is None:
+            raise ValueError(
+                f"{source.name} holds pictures that stand alone, and this method learns from frames of clips: give a "
+                "folder with the frames of each clip in a folder of its own, or name the columns of the frames, for "
+                "example --image_column frame0,frame1."
+            )
+        lengths = bounds.diff()
+        if (lengths < 2).all():
+            raise ValueError(f"{source.name} has no clip of two frames or more: there is nothing to pair.")
+        self._starts, self._lengths = bounds[:-1][lengths > 1], lengths[lengths > 1]
+        self._smallest = (self._lengths - 1).clamp(max=gap_range[0])
+        self._gaps = self._lengths.clamp(max=gap_range[1]) - self._smallest
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def pictures(self, indices, seed, epochs):
+        which_gap, which_frame = keyed_draw(sample_keys(seed, epochs, indices, purpose=SETS))(2).unbind(dim=1)
+        gap = self._smallest[indices] + _one_of(self._gaps[indices], which_gap)
+        first = self._starts[indices] + _one_of(self._lengths[indices] - gap, which_frame)
+        return torch.stack([first, first + gap], dim=1)
+
+
 def _one_of(n: int | torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     """int64 in [0, n), of uniform numbers in [0, 1)."""
     return (number.double() * n).long()
 
 
 # What a sample of a method consists of, see `VariantConfig.sample`.
-SAMPLES = {"row": Rows, "triplet": Triplets}
+SAMPLES = {"row": Rows, "triplet": Triplets, "frames": FramePairs}
 
 
-def make_sets(sample: str, source: ImageSource) -> PictureSets | None:
+def make_sets(
+    sample: str, source: ImageSource, frame_gap: tuple[int, int] | list[int] | None = None
+) -> PictureSets | None:
     """The sets that samples of this kind are, None for single pictures.
 
     Args:
         sample: "picture", or a name in `SAMPLES`.
         source: of the pictures.
+        frame_gap: `FramePairs`' range of gaps, where it is not its own.
 
     Raises:
-        ValueError: where the source cannot make such samples.
+        ValueError: where the source cannot make such samples, or for gaps between what are no frames.
     """
-    return SAMPLES[sample](source) if sample in SAMPLES else None
+    if frame_gap is None:
+        return SAMPLES[sample](source) if sample in SAMPLES else None
+    if sample != "frames":
+        raise ValueError("frame_gap is for methods that learn from frames of clips: leave it out.")
+    return FramePairs(source, tuple(frame_gap))

@@ -56,6 +56,13 @@ class ImageSource:
         """int64 (n,), with -1 where a picture has none; None without labels."""
         return None
 
+    def clips(self) -> torch.Tensor | None:
+        """int64 (clips + 1,): the number of each clip's first frame, and the end, where the pictures are the frames of
+        clips one after the other; None where they are not. The pictures of a row count as a clip."""
+        if self.pictures_per_row == 1:
+            return None
+        return torch.arange(0, len(self) + 1, self.pictures_per_row)
+
     def as_tensor(self) -> torch.Tensor | None:
         """uint8 (n, channels, height, width), if the pictures are equally sized arrays in memory already."""
         return None
@@ -90,12 +97,20 @@ class ArraySource(ImageSource):
         images: uint8 (n, height, width) or (n, channels, height, width).
         labels: int64 (n,), or None.
         class_names: the classes' names, or None.
+        pictures_per_row: how many pictures in turn belong together; of clips (n, frames, height, width) that were made
+            (n * frames, height, width), the frames.
     """
 
     def __init__(
-        self, name: str, images: np.ndarray, labels: np.ndarray | None = None, class_names: list[str] | None = None
+        self,
+        name: str,
+        images: np.ndarray,
+        labels: np.ndarray | None = None,
+        class_names: list[str] | None = None,
+        pictures_per_row: int = 1,
     ):
         self.name = name
+        self.pictures_per_row = pictures_per_row
         self.class_names = class_names
         images = torch.from_numpy(np.array(images))
         self._images = images[:, None] if images.ndim == 3 else images
@@ -116,7 +131,8 @@ class ArraySource(ImageSource):
 
 class FolderSource(ImageSource):
     """Images in a folder. Their classes are the names of the folders that hold them, where there are several at the
-    same depth.
+    same depth. For methods that learn from clips, the pictures of each folder are the frames of one, in the order of
+    their names.
 
     Args:
         folder: where they are.
@@ -143,6 +159,9 @@ class FolderSource(ImageSource):
             )
         # One array of bytes: of a list of strings each forked worker would come to hold a copy.
         self._files = np.array([os.fsencode(files[number]) for number in chosen])
+        folders = [parents[number] for number in chosen]
+        first = [place for place, name in enumerate(folders) if place == 0 or name != folders[place - 1]]
+        self._clips = torch.tensor([*first, len(chosen)])
         self._labels = None
         names = sorted({os.path.basename(parent) for parent in parents})
         if len(names) > 1 and "" not in names and len({parent.count(os.sep) for parent in parents}) == 1:
@@ -159,6 +178,9 @@ class FolderSource(ImageSource):
 
     def labels(self) -> torch.Tensor | None:
         return self._labels
+
+    def clips(self) -> torch.Tensor:
+        return self._clips
 
 
 class TableSource(ImageSource):

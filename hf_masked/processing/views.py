@@ -54,6 +54,25 @@ def random_resized_crop_boxes(
     return torch.cat([top, left, height, width], dim=1).long()
 
 
+def clamped_crop_boxes(
+    draw: Draw,
+    heights: torch.Tensor,
+    widths: torch.Tensor,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> torch.Tensor:
+    """Like `random_resized_crop_boxes`, but a side that is too long is cut to the picture's instead of being drawn
+    anew (BYOL's `dataset.py`; alexandre-eymael/CropMAE, `data/util/image_utils.py`)."""
+    numbers = draw(4)
+    area = heights.float() * widths.float() * _between(numbers[:, 0], *scale)
+    aspect = _between(numbers[:, 1], math.log(ratio[0]), math.log(ratio[1])).exp()
+    height = torch.minimum((area / aspect).sqrt().round().clamp(min=1), heights)
+    width = torch.minimum((area * aspect).sqrt().round().clamp(min=1), widths)
+    top = (numbers[:, 2] * (heights - height + 1)).floor()
+    left = (numbers[:, 3] * (widths - width + 1)).floor()
+    return torch.stack([top, left, height, width], dim=1).long()
+
+
 def center_crop_boxes(heights: torch.Tensor, widths: torch.Tensor, aspect: float, fraction: float) -> torch.Tensor:
     """The central box of width / height `aspect` that covers `fraction` of the largest such box's side.
 

@@ -80,7 +80,7 @@ def train(method: MethodArguments, data: DataArguments, args: PreTrainingArgumen
         model=model,
         args=args,
         processing_class=processor,
-        train_dataset=make_dataset(source, processor, args, data.streaming, variant.config.sample),
+        train_dataset=make_dataset(source, processor, args, data.streaming, variant.config.sample, data.frame_gap),
         facts=describe_source(method, data, args, source.name),
     )
     check_launch(trainer.accelerator)
@@ -138,11 +138,19 @@ def open_source(data: DataArguments, split: str, streaming: bool = False):
     )
 
 
-def make_dataset(source, processor, args: PreTrainingArguments, streaming: bool, sample: str = "picture"):
+def make_dataset(
+    source,
+    processor,
+    args: PreTrainingArguments,
+    streaming: bool,
+    sample: str = "picture",
+    frame_gap: list[int] | None = None,
+):
     """The training set: resident on the device where that is asked for or natural, else read by workers.
 
     Args:
         sample: what the method learns from, see `VariantConfig.sample`.
+        frame_gap: see `make_sets`.
 
     Raises:
         ValueError: where the source cannot give such samples.
@@ -154,7 +162,7 @@ def make_dataset(source, processor, args: PreTrainingArguments, streaming: bool,
         )
     if streaming:
         return StreamingImageDataset(source, processor, args.seed, rank=args.process_index, world_size=args.world_size)
-    settings = {"max_bad_share": args.max_bad_share, "sets": make_sets(sample, source)}
+    settings = {"max_bad_share": args.max_bad_share, "sets": make_sets(sample, source, frame_gap)}
     resident = source.as_tensor() is not None if args.resident_data is None else args.resident_data
     if resident:
         return ResidentImageDataset(source, processor, args.seed, device=args.device, **settings)
@@ -171,7 +179,7 @@ def add_observers(trainer: PreTrainer, source, data: DataArguments) -> None:
         test_source = None
     if args.picture_every_epochs:
         shown_source = test_source or source
-        sets = make_sets(trainer.model.config.sample, shown_source)
+        sets = make_sets(trainer.model.config.sample, shown_source, data.frame_gap)
         shown = ImageDataset(shown_source, processor, training=False, sets=sets)
         images = shown.__getitems__([(0, index) for index in range(min(PICTURES, len(shown)))])["pixels"]
         trainer.add_callback(PictureCallback(trainer, images, args.picture_every_epochs))

@@ -69,6 +69,13 @@ class DataArguments:
         },
     )
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, where it is unclear."})
+    frame_gap: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "For methods that learn from frames of clips: the smallest gap between two frames, and one more "
+            "than the largest; 4 48 by default."
+        },
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read the data set while training, without a copy; needs --max_steps."}
     )

@@ -37,12 +37,21 @@ def pictures(processor, count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(256, size, dtype=torch.uint8, generator=generator)
 
 
+def samples(variant: Variant, processor, count: int, seed: int = 0) -> list:
+    """Random samples as a call of the processor takes them: arrays, or pairs of arrays for methods that learn from
+    frames, whose processor makes nothing of one."""
+    if variant.config.sample != "frames":
+        return [picture.numpy() for picture in pictures(processor, count, seed)]
+    return [list(pair.numpy()) for pair in pictures(processor, 2 * count, seed).unflatten(0, (count, 2))]
+
+
 def training_data(variant: Variant, processor, count: int, seed: int = 0) -> ResidentImageDataset:
     """A data set of so many random pictures of four classes, in the samples that the variant learns from."""
-    labels = torch.arange(count) % 4
-    source = ArraySource("random pictures", pictures(processor, count, seed).numpy(), labels.numpy())
-    if variant.config.sample == "row":
-        source.pictures_per_row = processor.num_views
+    # Rows of as many pictures as the method takes, clips of more frames than it takes.
+    per_row = {"row": getattr(processor, "num_views", 1), "frames": 4}.get(variant.config.sample, 1)
+    labels = torch.arange(per_row * count) % 4
+    images = pictures(processor, per_row * count, seed)
+    source = ArraySource("random pictures", images.numpy(), labels.numpy(), pictures_per_row=per_row)
     return ResidentImageDataset(source, processor, seed, sets=make_sets(variant.config.sample, source))
 
 

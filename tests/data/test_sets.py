@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_masked import CropPairImageProcessor
 from hf_masked.data import ImageDataset, ResidentImageDataset, load_images
 from hf_masked.data.cached import write_cache
-from hf_masked.data.sets import SAMPLES, Rows, Triplets
-from hf_masked.data.sources import ArraySource, TableSource
+from hf_masked.data.sets import SAMPLES, FramePairs, Rows, Triplets, make_sets
+from hf_masked.data.sources import ArraySource, FolderSource, TableSource
 from hf_masked.modeling.registry import CATALOGUE
 from hf_masked.processing.multi_view import MultiViewImageProcessor
 from hf_masked.training.cli import make_dataset
@@ -135,3 +136,77 @@ def test_pairs_are_neither_streamed_nor_cached(tmp_path):
         make_dataset(source, processor(2), None, streaming=True, sample="row")
     with pytest.raises(ValueError, match="2 pictures in a row"):
         write_cache({"train": source}, tmp_path / "small")
+
+
+def clips(lengths: list[int], tmp_path) -> FolderSource:
+    """A folder of clips whose every pixel tells the clip (tens) and the frame."""
+    for clip, length in enumerate(lengths):
+        (tmp_path / "clips" / f"clip{clip}").mkdir(parents=True)
+        for frame in range(length):
+            Image.new("L", (8, 8), 60 * clip + frame).save(tmp_path / "clips" / f"clip{clip}" / f"{frame:03}.png")
+    return load_images(str(tmp_path / "clips"))
+
+
+def test_frames_come_from_one_clip_in_order_with_a_gap_in_the_range():
+    source = ArraySource("clips", np.zeros((2 * 60, 8, 8), np.uint8), pictures_per_row=60)
+    pairs = FramePairs(source)
+    drawn = pairs.pictures(torch.arange(2).repeat(4000), 0, torch.arange(4000).repeat_interleave(2))
+    first, second = drawn.unbind(dim=1)
+    gap = second - first
+    assert len(pairs) == 2 and torch.equal(first // 60, second // 60)
+    assert torch.equal(first // 60, torch.arange(2).repeat(4000))
+    assert set(gap.tolist()) == set(range(4, 48)), "uniform in [4, 48)"
+    counts = gap.bincount()[4:].float()
+    assert counts.min() > 0.6 * counts.mean() and counts.max() < 1.4 * counts.mean()
+    wide = drawn[gap == 47] % 60
+    assert set(wide[:, 0].tolist()) == set(range(13)), "the earlier frame is anywhere where the later one fits"
+
+
+def test_short_clips_have_shorter_gaps_and_single_frames_none(tmp_path):
+    source = clips([2, 1, 6, 3], tmp_path)
+    pairs = FramePairs(source)
+    drawn = pairs.pictures(torch.arange(3).repeat(200), 0, torch.arange(200).repeat_interleave(3)).unflatten(
+        0, (200, 3)
+    )
+    assert source.clips().tolist() == [0, 2, 3, 9, 12] and len(pairs) == 3
+    gaps = drawn[..., 1] - drawn[..., 0]
+    assert [sorted(set(column.tolist())) for column in gaps.unbind(dim=1)] == [[1], [4, 5], [2]]
+    assert drawn[:, 0].unique().tolist() == [0, 1] and drawn[:, 2].unique().tolist() == [9, 11]
+    nearer = FramePairs(source, (1, 2)).pictures(torch.arange(3), 0, 0)
+    assert (nearer[:, 1] - nearer[:, 0]).tolist() == [1, 1, 1]
+
+
+def test_frame_pairs_depend_on_seed_epoch_and_index_alone():
+    pairs = FramePairs(ArraySource("clips", np.zeros((20 * 30, 8, 8), np.uint8), pictures_per_row=30))
+    first = pairs.pictures(torch.arange(20), 1, 2)
+    assert torch.equal(first[[5, 3]], pairs.pictures(torch.tensor([5, 3]), 1, torch.tensor([2, 2])))
+    assert not torch.equal(first, pairs.pictures(torch.arange(20), 1, 3))
+
+
+@pytest.mark.parametrize("kind", [ImageDataset, ResidentImageDataset])
+def test_data_sets_hand_out_frames_of_a_folder(kind, tmp_path):
+    source = clips([5, 4], tmp_path)
+    pairs = FramePairs(source, (2, 3))
+    settings = {"strategy": "frames", "num_channels": 1, "mask_unit": 4, "mask_ratio": 0.5}
+    frames = CropPairImageProcessor(8, **settings)
+    batch = kind(source, frames, seed=5, sets=pairs).__getitems__([(1, 1), (0, 0)])
+    expected = pairs.pictures(torch.tensor([1, 0]), 5, torch.tensor([1, 0]))
+    found = batch["pixels"][:, :, 0, 4, 4].long()
+    assert torch.equal(found // 60, torch.tensor([[1, 1], [0, 0]]))
+    assert torch.equal(found % 60 + 5 * (found // 60), expected) and (found[:, 1] - found[:, 0] == 2).all()
+
+
+def test_what_are_no_clips_and_no_gaps_is_refused():
+    with pytest.raises(ValueError, match="folder of its own"):
+        FramePairs(labelled())
+    clip = ArraySource("clip", np.zeros((6, 8, 8), np.uint8), pictures_per_row=3)
+    with pytest.raises(ValueError, match=r"\(4, 4\)"):
+        FramePairs(clip, (4, 4))
+    with pytest.raises(ValueError, match="frame_gap is for"):
+        make_sets("row", clip, [4, 48])
+    assert make_sets("frames", clip, [1, 2]).pictures(torch.arange(2), 0, 0).diff(dim=1).tolist() == [[1], [1]]
+
+
+def test_clips_of_single_frames_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two frames or more"):
+        FramePairs(clips([1, 1], tmp_path))

@@ -22,13 +22,22 @@ class SelfAttention(nn.Module):
     Args:
         config: the model's config, whose `_attn_implementation` chooses the kernel.
         hidden_size: width, a multiple of `num_attention_heads`.
+        dropout: of the attention's weights, in training.
     """
 
     is_causal = False
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, num_attention_heads: int, bias: bool = True):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        hidden_size: int,
+        num_attention_heads: int,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.config = config
+        self.dropout = dropout
         self.num_attention_heads = num_attention_heads
         self.scaling = (hidden_size // num_attention_heads) ** -0.5
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
@@ -39,7 +48,8 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_attention_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, heads, tokens, head width) each
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        context, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
+        dropout = self.dropout if self.training else 0.0
+        context, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
         return self.projection(context.flatten(2))
 
     @torch.no_grad()
@@ -57,13 +67,22 @@ class CrossAttention(nn.Module):
         config: the model's config, whose `_attn_implementation` chooses the kernel.
         hidden_size: width of the queries, a multiple of `num_attention_heads`.
         memory_size: width of the memory.
+        dropout: of the attention's weights, in training.
     """
 
     is_causal = False
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, memory_size: int, num_attention_heads: int):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        hidden_size: int,
+        memory_size: int,
+        num_attention_heads: int,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.config = config
+        self.dropout = dropout
         self.num_attention_heads = num_attention_heads
         self.scaling = (hidden_size // num_attention_heads) ** -0.5
         self.query = nn.Linear(hidden_size, hidden_size)
@@ -76,7 +95,8 @@ class CrossAttention(nn.Module):
         key_value = self.key_value(memory).unflatten(2, (2, self.num_attention_heads, -1))
         key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, heads, tokens, head width) each
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        context, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
+        dropout = self.dropout if self.training else 0.0
+        context, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
         return self.projection(context.flatten(2))
 
 

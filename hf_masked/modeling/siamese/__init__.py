@@ -1,6 +1,12 @@
 """Siamese learning: encoders that agree on views of the same thing."""
 
 from hf_masked.modeling.siamese.byol import BYOLConfig, BYOLForPreTraining, BYOLModel
+from hf_masked.modeling.siamese.cropmae import (
+    CropMAEConfig,
+    CropMAEForImageClassification,
+    CropMAEForPreTraining,
+    CropMAEModel,
+)
 from hf_masked.modeling.siamese.hallucinator import (
     HallucinatedMoCoConfig,
     HallucinatedMoCoForPreTraining,
@@ -13,6 +19,12 @@ from hf_masked.modeling.siamese.siamese_attribution import (
     ReferenceShiftedEncoder,
     ReferenceShiftedForSimilarity,
 )
+from hf_masked.modeling.siamese.siammae import (
+    SiamMAEConfig,
+    SiamMAEForImageClassification,
+    SiamMAEForPreTraining,
+    SiamMAEModel,
+)
 from hf_masked.modeling.siamese.simclr import SimCLRConfig, SimCLRForPreTraining, SimCLRModel
 from hf_masked.modeling.siamese.simsiam import SimSiamConfig, SimSiamForPreTraining, SimSiamModel
 from hf_masked.modeling.siamese.tribyol import TriBYOLConfig, TriBYOLForPreTraining, TriBYOLModel
@@ -22,6 +34,10 @@ __all__ = [
     "BYOLConfig",
     "BYOLForPreTraining",
     "BYOLModel",
+    "CropMAEConfig",
+    "CropMAEForImageClassification",
+    "CropMAEForPreTraining",
+    "CropMAEModel",
     "HallucinatedMoCoConfig",
     "HallucinatedMoCoForPreTraining",
     "HallucinatedMoCoModel",
@@ -32,6 +48,10 @@ __all__ = [
     "ReferenceShiftedConfig",
     "ReferenceShiftedEncoder",
     "ReferenceShiftedForSimilarity",
+    "SiamMAEConfig",
+    "SiamMAEForImageClassification",
+    "SiamMAEForPreTraining",
+    "SiamMAEModel",
     "SimCLRConfig",
     "SimCLRForPreTraining",
     "SimCLRModel",
