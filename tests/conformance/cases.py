@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_masked
-from hf_masked.data import ResidentImageDataset
+from hf_masked.data import ResidentImageDataset, StereoDataset, SyntheticStereo
 from hf_masked.data.sets import make_sets
 from hf_masked.data.sources import ArraySource
 from hf_masked.modeling.base import VariantConfig
@@ -37,8 +37,10 @@ def pictures(processor, count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(256, size, dtype=torch.uint8, generator=generator)
 
 
-def training_data(variant: Variant, processor, count: int, seed: int = 0) -> ResidentImageDataset:
+def training_data(variant: Variant, processor, count: int, seed: int = 0) -> ResidentImageDataset | StereoDataset:
     """A data set of so many random pictures of four classes, in the samples that the variant learns from."""
+    if variant.config.sample == "stereo":
+        return StereoDataset(stereo_pairs(variant, processor, count, seed), processor, seed)
     labels = torch.arange(count) % 4
     source = ArraySource("random pictures", pictures(processor, count, seed).numpy(), labels.numpy())
     if variant.config.sample == "row":
@@ -46,12 +48,31 @@ def training_data(variant: Variant, processor, count: int, seed: int = 0) -> Res
     return ResidentImageDataset(source, processor, seed, sets=make_sets(variant.config.sample, source))
 
 
+def stereo_pairs(variant: Variant, processor, count: int, seed: int = 0) -> SyntheticStereo:
+    size = (processor.size["height"], processor.size["width"])
+    largest = variant.tiny_config().max_disparity
+    return SyntheticStereo(count, size, largest, seed=seed, num_channels=processor.num_channels)
+
+
+def users_samples(variant: Variant, processor, count: int) -> dict:
+    """What a user hands the processor: pictures; for stereo matching pairs and their disparities."""
+    if variant.config.sample != "stereo":
+        return {"images": [picture.numpy() for picture in pictures(processor, count)]}
+    pairs = stereo_pairs(variant, processor, count)
+    samples = [pairs.sample(index) for index in range(count)]
+    return {
+        "images": [[sample.left, sample.right] for sample in samples],
+        "disparities": [sample.disparity for sample in samples],
+    }
+
+
 def training_inputs(variant: Variant, config, batch: int = 4, seed: int = 0) -> dict:
     """Inputs as the trainer makes them: everything that is drawn is drawn by the processor."""
     processor = processor_of(variant, config)
     data = training_data(variant, processor, max(batch, 8), seed)
     drawn = data.__getitems__([(0, index) for index in range(batch)])
-    return processor.finish_training(drawn["pixels"], drawn["indices"], seed, 0)
+    inputs = processor.finish_training(drawn["pixels"], drawn["indices"], seed, 0)
+    return inputs | ({"labels": drawn["targets"]} if "targets" in drawn else {})
 
 
 def variation(variant: Variant, **backbone_settings):

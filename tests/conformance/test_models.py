@@ -7,12 +7,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from tests.conformance.cases import (
     gradients,
-    pictures,
     processor_of,
     skip_if_declined,
     tiny_model,
     tiny_teacher,
     training_inputs,
+    users_samples,
     variation,
 )
 
@@ -211,6 +211,6 @@ def test_wrong_inputs_are_named(variant):
 def test_processor_makes_what_the_model_takes(variant):
     config = variant.tiny_config()
     processor = processor_of(variant, config)
-    batch = processor([picture.numpy() for picture in pictures(processor, 3)], training=True, seed=0)
+    batch = processor(**users_samples(variant, processor, 3), training=True, seed=0)
     assert set(batch) <= set(processor.model_input_names)
     assert tiny_model(variant, config)(**batch).loss.isfinite()
