@@ -128,8 +128,8 @@ class SyntheticStereo:
             photograph = self._photographs[random.integers(len(self._photographs))]
             share = 0.3 + 0.7 * random.random()
             sides = [max(2, int(share * side)) for side in photograph.shape[1:]]
-            corner = [int(random.integers(whole - side + 1)) for whole, side in zip(photograph.shape[1:], sides)]
-            part = photograph[:, corner[0] : corner[0] + sides[0], corner[1] : corner[1] + sides[1]]
+            top, left = (int(random.integers(photograph.shape[1 + i] - sides[i] + 1)) for i in range(2))
+            part = photograph[:, top : top + sides[0], left : left + sides[1]]
             part = part[random.permutation(3)]
             part = part.flip(-1) if random.random() < 0.5 else part
             texture = F.interpolate(part[None], size=(height, width), mode="bilinear", align_corners=False)[0]

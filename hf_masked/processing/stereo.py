@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,10 +18,10 @@ from hf_masked.randomness import keyed_draw
 class StereoImageProcessor(PretrainingImageProcessor):
     """Makes the inputs of stereo matching from rectified pairs of pictures.
 
-    In training both pictures of a pair and the disparity are cut at the same random place. Otherwise they are padded at
-    the top and on the right, to the next multiple of `pad_multiple`, with the mean colour, which normalisation makes
-    zero but for rounding. Nothing is resized, mirrored or recoloured: a disparity is a number of pixels, and a mirrored
-    pair has its views swapped.
+    In training both pictures of a pair and the disparity are cut at the same random place. Otherwise they are padded
+    at the top and on the right, to the next multiple of `pad_multiple`, with the mean colour, which normalisation
+    makes zero but for rounding. Nothing is resized, mirrored or recoloured: a disparity is a number of pixels, and a
+    mirrored pair has its views swapped.
 
     Args:
         size: {"height", "width"} of the crops in training.
@@ -168,6 +169,10 @@ class StereoImageProcessor(PretrainingImageProcessor):
             found.append(result)
         return found
 
+    def picture_size(self, picture) -> tuple[int, int]:
+        """(height, width) of a picture or file, the target size of its pair."""
+        return self._sizes(self._opened(picture))
+
     def _finish_keys(self, indices, seed, epochs, training):
         return {}  # nothing is augmented
 
@@ -229,8 +234,8 @@ def read_disparity(file: str | os.PathLike | bytes, scale: float = 256.0) -> tor
 
     Args:
         file: a path, or the content: a PNG of 16 or 8 bits (KITTI, Middlebury), or a PFM (Scene Flow).
-        scale: a PNG's value / scale is the disparity in pixels: 256 for KITTI, 4 for Middlebury's quarter pixels. A PFM
-            holds pixels already.
+        scale: a PNG's value / scale is the disparity in pixels: 256 for KITTI, 4 for Middlebury's quarter pixels. A
+            PFM holds pixels already.
 
     Returns:
         float32 (height, width), 0 = unknown.
@@ -238,7 +243,7 @@ def read_disparity(file: str | os.PathLike | bytes, scale: float = 256.0) -> tor
     Raises:
         BadImageError: for another kind of file.
     """
-    content = file if isinstance(file, bytes) else open(file, "rb").read()
+    content = file if isinstance(file, bytes) else Path(file).read_bytes()
     name = "a disparity" if isinstance(file, bytes) else str(file)
     if content[:2] == b"Pf":
         return _read_pfm(content, name)

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 def concat_cost_volume(left: torch.Tensor, right: torch.Tensor, planes: int) -> torch.Tensor:
     """Features of each left pixel beside those of the right pixel that each disparity pairs it with.
 
-    Plane i pairs column x with the right picture's column x - i; columns x < i, whose partner lies outside, are zero in
-    both halves (Chang and Chen, arXiv 1803.08669, section 3.3).
+    Plane i pairs column x with the right picture's column x - i; columns x < i, whose partner lies outside, are zero
+    in both halves (Chang and Chen, arXiv 1803.08669, section 3.3).
 
     Args:
         left, right: float (batch, channels, height, width).

@@ -172,7 +172,7 @@ class PSMNetFeatures(PreTrainedModel):
             ValueError: for another rank or other channels.
         """
         check_pixel_values(pixel_values, self.config.num_channels)
-        states = [self.stem(pixel_values)]
+        states = [self.stem(pixel_values.to(self.projection.weight.dtype))]
         for stage in self.stages:
             states.append(stage(states[-1]))
         context = states[4]
@@ -204,8 +204,8 @@ class PSMNetConfig(VariantConfig):
         volume_channels: of the 3-D layers.
         num_hourglasses: of "stackhourglass"; each gives a prediction.
         num_residual_blocks: of "basic", beyond the first layers.
-        loss_weights: of the predictions of the hourglasses, the last one's last (section 3.5, table 4); "basic" has the
-            last weight alone.
+        loss_weights: of the predictions of the hourglasses, the last one's last (section 3.5, table 4); "basic" has
+            the last weight alone.
         mask_zero_disparity: the disparity 0 says "unknown", as KITTI's does; otherwise it is a value as any other.
         align_corners: of all upsampling; by default the encoder's. True fits the released weights, whose code left it
             to the torch of its time.
@@ -389,8 +389,8 @@ class PSMNetPreTrainedModel(VariantModel):
         init_weights(module)
 
     def _match(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features of the left and right pictures, and the cost volume. Each view is a batch of its own for batch norm,
-        as in the reference."""
+        """Features of the left and right pictures, and the cost volume. Each view is a batch of its own for batch
+        norm, as in the reference."""
         check_pair(pixel_values)
         left, right = (self.backbone(view).last_hidden_state for view in pixel_values.unbind(dim=1))
         return left, right, concat_cost_volume(left, right, self.config.max_disparity // FEATURE_STRIDE)
@@ -517,8 +517,8 @@ class PSMNetForStereoMatching(PSMNetPreTrainedModel):
     def pictures(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """What there is to see: name of the panel -> (batch, channels, height, width).
 
-        The disparity is drawn from black, 0, to white, the largest of its picture. Where it is right, the right picture
-        moved by it looks like the left one, but for what the right camera does not see.
+        The disparity is drawn from black, 0, to white, the largest of its picture. Where it is right, the right
+        picture moved by it looks like the left one, but for what the right camera does not see.
         """
         left, right = pixel_values.unbind(dim=1)
         disparity = self(pixel_values).predicted_disparity
