@@ -34,14 +34,14 @@ def end_point_error(predicted: torch.Tensor, truth: torch.Tensor, max_disparity:
 def bad_pixel_rate(
     predicted: torch.Tensor, truth: torch.Tensor, threshold: float = BAD_PIXELS, max_disparity: float | None = None
 ) -> float:
-    """Share of the valid pixels that are off by more than `threshold` pixels (KITTI 2012's 3-pixel error); arguments as
-    for `end_point_error`."""
+    """Share of the valid pixels that are off by more than `threshold` pixels (KITTI 2012's 3-pixel error); arguments
+    as for `end_point_error`."""
     return float((_errors(predicted, truth, max_disparity)[0] > threshold).float().mean())
 
 
 def d1_error(predicted: torch.Tensor, truth: torch.Tensor, max_disparity: float | None = None) -> float:
-    """Share of the valid pixels that are off by more than 3 pixels and by more than 5 % of the truth (KITTI 2015's D1);
-    arguments as for `end_point_error`."""
+    """Share of the valid pixels that are off by more than 3 pixels and by more than 5 % of the truth (KITTI 2015's
+    D1); arguments as for `end_point_error`."""
     errors, truth = _errors(predicted, truth, max_disparity)
     return float(((errors > BAD_PIXELS) & (errors > BAD_SHARE * truth)).float().mean())
 
