@@ -68,7 +68,7 @@ def test_matcher_gives_a_map_of_the_pictures_size_and_its_picture(checkpoint, tm
     matcher = StereoMatcher.from_pretrained(str(checkpoint))
     files = str(checkpoint / "left.png"), str(checkpoint / "right.png")
     found = matcher(*files)
-    assert found.disparity.shape == (40, 70) and 0 <= found.disparity.min() <= found.disparity.max() <= 15
+    assert found.disparity.shape == (40, 70) and 0 <= found.disparity.min() <= found.disparity.max() < 15.001
     pictures = [Image.open(file) for file in files]
     assert torch.equal(matcher(*pictures).disparity, found.disparity)
     inputs = matcher.processor([pictures])

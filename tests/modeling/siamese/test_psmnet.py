@@ -154,7 +154,7 @@ def test_soft_argmin():
     # Of scores, not of costs: the highest wins.
     torch.testing.assert_close(soft_argmin(100 * sharp), torch.tensor([[[0.0, 3.0, 7.0]]]))
     wild = soft_argmin(50 * torch.randn(2, 8, 5, 5))
-    assert wild.min() >= 0 and wild.max() <= 7
+    assert wild.min() >= 0 and wild.max() < 7.001  # but for rounding
 
 
 def test_right_picture_moved_by_the_true_disparity_is_the_left_one():
