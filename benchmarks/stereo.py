@@ -113,7 +113,9 @@ def mean_rows(rows: list[dict]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "stereo")
     parser.add_argument("--name", default="stereo_middlebury", help="of the result")
@@ -133,7 +135,7 @@ def main() -> None:
         "semi-global matching": judged(baseline, pairs),
         "best constant": judged({name: best_constant(truth) for name, (_, _, truth) in pairs.items()}, pairs),
     }
-    for name, (left, right, truth) in pairs.items():
+    for name, (_, _, truth) in pairs.items():
         found = {"psmnet": maps[name], "sgm": baseline[name], "truth": truth}
         for kind, disparity in found.items():
             disparity_picture(disparity, largest=truth.max().item()).save(args.output / f"{name}_{kind}.png")
