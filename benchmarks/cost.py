@@ -140,7 +140,12 @@ def describe(config) -> str:
 
 def main() -> None:
     recipes = paper_recipes()
-    methods = [v.name for v in CATALOGUE.values() if v.kind == "model" and v.config.modality == "image"]
+    # A pair of pictures with its cost volume is no unit to compare a masked picture with.
+    methods = [
+        v.name
+        for v in CATALOGUE.values()
+        if v.kind == "model" and v.config.modality == "image" and v.config.sample != "stereo"
+    ]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     parser.add_argument("--batch", type=int, default=8)

@@ -128,7 +128,29 @@ def cost_table(result: dict) -> str:
     )
 
 
-KINDS = {"cost": cost_table, "learning": learning_table, "step": step_table, "feeding": feeding_table}
+def stereo_table(result: dict) -> str:
+    pairs = list(next(iter(result["rows"].values())))
+    lines = ["| end-point error in pixels, D1 | " + " | ".join(pairs) + " |", "|---|" + "---|" * len(pairs)]
+    for title, row in result["rows"].items():
+        cells = [f"{errors['end_point_error']:.2f}, {100 * errors['d1_error']:.1f} %" for errors in row.values()]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    runs = list(result["seeds"].values())
+    minutes = sum(run["training_seconds"] for run in runs) / len(runs) / 60
+    seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else "one seed"
+    return "\n".join(lines) + (
+        f"\n\nMiddlebury 2003, quarter size, all pixels of known disparity; `{result['recipe']}`{_flags(result)}, "
+        f"{runs[0]['steps']} steps in {minutes:.0f} minutes on {_cores(result['environment'])}; {seeds}; OpenCV "
+        f"{result['environment']['opencv']}, holes filled (`python benchmarks/stereo.py`).\n"
+    )
+
+
+KINDS = {
+    "cost": cost_table,
+    "learning": learning_table,
+    "step": step_table,
+    "feeding": feeding_table,
+    "stereo": stereo_table,
+}
 
 
 def table(name: str) -> str:

@@ -314,6 +314,40 @@ def explain(
 
 
 @app.command()
+def disparity(
+    checkpoint: Checkpoint,
+    left: Annotated[Path, typer.Argument(help="Left picture of a rectified pair.")],
+    right: Annotated[Path, typer.Argument(help="Right picture, of the same size.")],
+    output: Annotated[Path, typer.Option(help="PNG file of the map in colours.")] = Path("disparity.png"),
+    values: Annotated[
+        Path | None, typer.Option(help="PNG file of the disparities themselves, 16 bits, value / 256, as KITTI's.")
+    ] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="Disparities of the left picture to compare with, PNG or PFM; 0 = unknown.")
+    ] = None,
+    truth_scale: Annotated[float, typer.Option(help="Its value / this is the disparity; 4 for Middlebury's.")] = 256.0,
+) -> None:
+    """Matches a stereo pair: the disparity of each pixel of the left picture."""
+    import hf_masked  # noqa: F401 (registers the methods)
+    from hf_masked.evaluation.stereo import StereoMatcher, stereo_errors
+    from hf_masked.processing.stereo import read_disparity
+
+    found = StereoMatcher.from_pretrained(checkpoint)(str(left), str(right))
+    smallest, median, largest = found.disparity.flatten().quantile(found.disparity.new_tensor([0, 0.5, 1])).tolist()
+    typer.echo(f"disparity in pixels: {smallest:.1f} to {largest:.1f}, median {median:.1f}")
+    if truth:
+        for name, value in stereo_errors(found.disparity, read_disparity(truth, truth_scale)).items():
+            typer.echo(f"{name:<20}{value:.4g}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    found.picture().save(output)
+    typer.echo(f"Wrote {output}.")
+    if values:
+        values.parent.mkdir(parents=True, exist_ok=True)
+        found.save(values)
+        typer.echo(f"Wrote {values}.")
+
+
+@app.command()
 def cache(
     dataset_name: Annotated[str, typer.Argument(help="Hub id, folder of images, Parquet or tar files.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; then --dataset_name of train.py.")],

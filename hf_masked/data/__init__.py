@@ -11,6 +11,7 @@ from hf_masked.data.images import (
 )
 from hf_masked.data.labelled import labelled_tensors
 from hf_masked.data.sources import ImageSource, StreamingImageSource, load_images
+from hf_masked.data.stereo import StereoDataset, SyntheticStereo
 
 __all__ = [
     "BadImageLog",
@@ -18,9 +19,11 @@ __all__ = [
     "ImageSource",
     "KeyedSampler",
     "ResidentImageDataset",
+    "StereoDataset",
     "StreamPosition",
     "StreamingImageDataset",
     "StreamingImageSource",
+    "SyntheticStereo",
     "collate_images",
     "labelled_tensors",
     "load_images",

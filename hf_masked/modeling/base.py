@@ -28,7 +28,8 @@ class VariantConfig(PreTrainedConfig):
     predicts: ClassVar[str]
     backbones: ClassVar[tuple[str, ...]]
     processor: ClassVar[str] = "MaskedImageProcessor"
-    # What the method learns from: single pictures, or sets of them (a name in `hf_masked.data.sets.SAMPLES`).
+    # What the method learns from: single pictures, sets of them (a name in `hf_masked.data.sets.SAMPLES`), or pairs
+    # with disparities ("stereo", `hf_masked.data.stereo`).
     sample: ClassVar[str] = "picture"
     sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
 

@@ -19,6 +19,7 @@ from hf_masked.data import (
     load_images,
 )
 from hf_masked.data.sets import make_sets
+from hf_masked.data.stereo import StereoDataset, load_stereo
 from hf_masked.modeling.registry import Variant, get_variant
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import OnlineProbeCallback, PictureCallback
@@ -75,7 +76,7 @@ def train(method: MethodArguments, data: DataArguments, args: PreTrainingArgumen
         )
     model = make_model(variant, method)
     processor = make_processor(variant, model, method)
-    source = open_source(data, data.train_split, data.streaming)
+    source = open_source(data, data.train_split, data.streaming, model.config, processor)
     trainer = PreTrainer(
         model=model,
         args=args,
@@ -125,8 +126,11 @@ def _normalization_of(checkpoint: str) -> dict:
     return {"image_mean": list(stock.image_mean), "image_std": list(stock.image_std)}
 
 
-def open_source(data: DataArguments, split: str, streaming: bool = False):
-    """One split of the run's data set."""
+def open_source(data: DataArguments, split: str, streaming: bool = False, config=None, processor=None):
+    """One split of the run's data set, of stereo pairs where the model's config says so."""
+    if getattr(config, "sample", None) == "stereo":
+        size = (processor.size["height"], processor.size["width"])
+        return load_stereo(data.dataset_name, split, size, config.max_disparity, config.num_channels)
     return load_images(
         data.dataset_name,
         split,
@@ -162,6 +166,8 @@ def make_dataset(
         )
     if streaming:
         return StreamingImageDataset(source, processor, args.seed, rank=args.process_index, world_size=args.world_size)
+    if sample == "stereo":
+        return StereoDataset(source, processor, args.seed)
     settings = {"max_bad_share": args.max_bad_share, "sets": make_sets(sample, source, frame_gap)}
     resident = source.as_tensor() is not None if args.resident_data is None else args.resident_data
     if resident:
@@ -171,18 +177,23 @@ def make_dataset(
 
 def add_observers(trainer: PreTrainer, source, data: DataArguments) -> None:
     """Adds the online probe, where there are labels, and the pictures."""
-    args, processor = trainer.args, trainer.processing_class
+    args, processor, config = trainer.args, trainer.processing_class, trainer.model.config
     try:
-        test_source = open_source(data, data.test_split)
+        test_source = open_source(data, data.test_split, config=config, processor=processor)
     except ValueError as error:
         logger.warning("No online probe: %s", error)
         test_source = None
     if args.picture_every_epochs:
         shown_source = test_source or source
-        sets = make_sets(trainer.model.config.sample, shown_source, data.frame_gap)
-        shown = ImageDataset(shown_source, processor, training=False, sets=sets)
+        if config.sample == "stereo":
+            shown = StereoDataset(shown_source, processor, training=False)
+        else:
+            sets = make_sets(config.sample, shown_source, data.frame_gap)
+            shown = ImageDataset(shown_source, processor, training=False, sets=sets)
         images = shown.__getitems__([(0, index) for index in range(min(PICTURES, len(shown)))])["pixels"]
         trainer.add_callback(PictureCallback(trainer, images, args.picture_every_epochs))
+    if config.sample == "stereo":
+        return  # the encoder gives maps, and the pairs have no classes
     if args.probe_every_epochs and test_source is not None and source.labels() is not None:
         trainer.add_callback(
             OnlineProbeCallback(

@@ -56,7 +56,8 @@ class DataArguments:
     dataset_name: str = field(
         metadata={
             "help": "Hub id, folder of images, Parquet or tar files, their folder or URL, a cache of "
-            "`hf-masked cache`, `fashion_mnist`, or `digits`."
+            "`hf-masked cache`, `fashion_mnist`, or `digits`; for stereo matching a folder of pairs, or "
+            "`synthetic_stereo`."
         }
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})

@@ -23,6 +23,7 @@ from hf_masked.data import (
     ImageDataset,
     KeyedSampler,
     ResidentImageDataset,
+    StereoDataset,
     StreamingImageDataset,
     collate_images,
 )
@@ -145,7 +146,7 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
             # It splits itself over the processes, so Accelerate must not. With a generator of its own the loader takes
             # nothing from the global one, so that a resumed run draws what an uninterrupted one draws.
             return Passes(DataLoader(dataset, generator=torch.Generator(), **settings))
-        if not isinstance(dataset, ImageDataset | ResidentImageDataset):
+        if not isinstance(dataset, ImageDataset | ResidentImageDataset | StereoDataset):
             return super().get_train_dataloader()
         if isinstance(dataset, ResidentImageDataset):
             settings |= dict.fromkeys(("pin_memory", "persistent_workers"), False)
@@ -213,6 +214,8 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
         )
         if "labels" in inputs and getattr(self.model, "uses_classes", False):
             finished["classes"] = inputs["labels"]
+        if "targets" in inputs:  # what a supervised method predicts
+            finished["labels"] = inputs["targets"]
         return finished
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):

@@ -38,6 +38,24 @@ def picture_grid(panels: dict[str, torch.Tensor], rows: int = 8) -> Image.Image:
     return _rendered(figure)
 
 
+def disparity_picture(disparity: torch.Tensor, largest: float | None = None) -> Image.Image:
+    """A disparity map in colours, dark for far and bright for near, with their scale in pixels.
+
+    Args:
+        disparity: float (height, width).
+        largest: disparity of the brightest colour; by default the largest there is.
+    """
+    plt = _pyplot()
+    height, width = disparity.shape
+    figure, axis = plt.subplots(figsize=(6, 6 * height / width))
+    shown = axis.imshow(disparity.numpy(), cmap="inferno", vmin=0, vmax=largest or disparity.max().item())
+    axis.axis("off")
+    bar = figure.colorbar(shown, ax=axis, fraction=0.046 * height / width, pad=0.02)
+    bar.set_label("disparity in pixels", fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+    return _rendered(figure)
+
+
 def loss_curve(log_history: list[dict], path: str | Path) -> Path:
     """Draws loss and online kNN accuracy of a Trainer's `state.log_history` over the epochs."""
     plt = _pyplot()

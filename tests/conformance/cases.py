@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_masked
-from hf_masked.data import ResidentImageDataset
+from hf_masked.data import ResidentImageDataset, StereoDataset, SyntheticStereo
 from hf_masked.data.sets import make_sets
 from hf_masked.data.sources import ArraySource
 from hf_masked.modeling.base import VariantConfig
@@ -37,16 +37,10 @@ def pictures(processor, count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(256, size, dtype=torch.uint8, generator=generator)
 
 
-def samples(variant: Variant, processor, count: int, seed: int = 0) -> list:
-    """Random samples as a call of the processor takes them: arrays, or pairs of arrays for methods that learn from
-    frames, whose processor makes nothing of one."""
-    if variant.config.sample != "frames":
-        return [picture.numpy() for picture in pictures(processor, count, seed)]
-    return [list(pair.numpy()) for pair in pictures(processor, 2 * count, seed).unflatten(0, (count, 2))]
-
-
-def training_data(variant: Variant, processor, count: int, seed: int = 0) -> ResidentImageDataset:
+def training_data(variant: Variant, processor, count: int, seed: int = 0) -> ResidentImageDataset | StereoDataset:
     """A data set of so many random pictures of four classes, in the samples that the variant learns from."""
+    if variant.config.sample == "stereo":
+        return StereoDataset(stereo_pairs(variant, processor, count, seed), processor, seed)
     # Rows of as many pictures as the method takes, clips of more frames than it takes.
     per_row = {"row": getattr(processor, "num_views", 1), "frames": 4}.get(variant.config.sample, 1)
     labels = torch.arange(per_row * count) % 4
@@ -55,12 +49,34 @@ def training_data(variant: Variant, processor, count: int, seed: int = 0) -> Res
     return ResidentImageDataset(source, processor, seed, sets=make_sets(variant.config.sample, source))
 
 
+def stereo_pairs(variant: Variant, processor, count: int, seed: int = 0) -> SyntheticStereo:
+    size = (processor.size["height"], processor.size["width"])
+    largest = variant.tiny_config().max_disparity
+    return SyntheticStereo(count, size, largest, seed=seed, num_channels=processor.num_channels)
+
+
+def users_samples(variant: Variant, processor, count: int) -> dict:
+    """What a user hands the processor: pictures; pairs of frames; for stereo matching pairs and their disparities."""
+    if variant.config.sample == "frames":  # whose processor makes nothing of one picture
+        pairs = pictures(processor, 2 * count).unflatten(0, (count, 2))
+        return {"images": [list(pair.numpy()) for pair in pairs]}
+    if variant.config.sample != "stereo":
+        return {"images": [picture.numpy() for picture in pictures(processor, count)]}
+    pairs = stereo_pairs(variant, processor, count)
+    samples = [pairs.sample(index) for index in range(count)]
+    return {
+        "images": [[sample.left, sample.right] for sample in samples],
+        "disparities": [sample.disparity for sample in samples],
+    }
+
+
 def training_inputs(variant: Variant, config, batch: int = 4, seed: int = 0) -> dict:
     """Inputs as the trainer makes them: everything that is drawn is drawn by the processor."""
     processor = processor_of(variant, config)
     data = training_data(variant, processor, max(batch, 8), seed)
     drawn = data.__getitems__([(0, index) for index in range(batch)])
-    return processor.finish_training(drawn["pixels"], drawn["indices"], seed, 0)
+    inputs = processor.finish_training(drawn["pixels"], drawn["indices"], seed, 0)
+    return inputs | ({"labels": drawn["targets"]} if "targets" in drawn else {})
 
 
 def variation(variant: Variant, **backbone_settings):

@@ -13,6 +13,7 @@ from tests.conformance.cases import (
     tiny_model,
     tiny_teacher,
     training_inputs,
+    users_samples,
     variation,
 )
 
@@ -211,6 +212,6 @@ def test_wrong_inputs_are_named(variant):
 def test_processor_makes_what_the_model_takes(variant):
     config = variant.tiny_config()
     processor = processor_of(variant, config)
-    batch = processor(samples(variant, processor, 3), training=True, seed=0)
+    batch = processor(**users_samples(variant, processor, 3), training=True, seed=0)
     assert set(batch) <= set(processor.model_input_names)
     assert tiny_model(variant, config)(**batch).loss.isfinite()

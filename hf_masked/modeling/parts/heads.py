@@ -62,12 +62,12 @@ class PixelShuffleHead(nn.Sequential):
 @torch.no_grad()
 def init_as_torch(module: nn.Module) -> None:
     """torch's own initialisation of a linear layer, a convolution or a batch norm, of what has not been loaded."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         if module.bias is not None:
             bound = 1 / math.sqrt(module.weight[0].numel())
             init.uniform_(module.bias, -bound, bound)
-    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         if module.affine:
             init.ones_(module.weight)
         if module.bias is not None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 
 import torch
 from transformers import ResNetConfig, SwinConfig, ViTConfig
@@ -50,7 +51,7 @@ SWIN_RENAMING = (
 SWIN_BUFFERS = ("relative_position_index", "attn_mask")
 
 
-def rename_weights(state_dict: dict[str, torch.Tensor], renaming: tuple[tuple[str, str], ...]) -> dict:
+def rename_weights(state_dict: dict[str, torch.Tensor], renaming: tuple[tuple[str, str | Callable], ...]) -> dict:
     """Applies (pattern, replacement) pairs of `re.sub` in their order to every name.
 
     Names that no pattern matches stay as they are, for strict loading to report. A name with `QKV` in it becomes

@@ -14,6 +14,13 @@ from hf_masked.modeling.siamese.hallucinator import (
     HallucinatorConfig,
 )
 from hf_masked.modeling.siamese.moco import MoCoConfig, MoCoForPreTraining, MoCoModel
+from hf_masked.modeling.siamese.psmnet import (
+    PSMNetConfig,
+    PSMNetFeatures,
+    PSMNetFeaturesConfig,
+    PSMNetForStereoMatching,
+    PSMNetModel,
+)
 from hf_masked.modeling.siamese.siamese_attribution import (
     ReferenceShiftedConfig,
     ReferenceShiftedEncoder,
@@ -45,6 +52,11 @@ __all__ = [
     "MoCoConfig",
     "MoCoForPreTraining",
     "MoCoModel",
+    "PSMNetConfig",
+    "PSMNetFeatures",
+    "PSMNetFeaturesConfig",
+    "PSMNetForStereoMatching",
+    "PSMNetModel",
     "ReferenceShiftedConfig",
     "ReferenceShiftedEncoder",
     "ReferenceShiftedForSimilarity",
