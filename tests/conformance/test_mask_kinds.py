@@ -6,7 +6,7 @@ import torch
 import hf_masked
 from hf_masked.modeling.masked_patches import MaskedPatchesConfig
 from hf_masked.processing.masks import MASKS
-from tests.conformance.cases import samples, tiny_model
+from tests.conformance.cases import tiny_model, users_samples
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def config(variant):
 def test_method_learns_from_masks_of_the_processor(variant, config, kind):
     settings = config.processor_settings() | {"mask_kind": kind, "mask_options": {}}
     processor = getattr(hf_masked, config.processor)(**settings)
-    batch = processor(samples(variant, processor, 3), training=True, seed=1)
+    batch = processor(**users_samples(variant, processor, 3), training=True, seed=1)
     model = tiny_model(variant, config).train()
     output = model(**batch)
     assert torch.equal(output.mask.flatten(1), batch["bool_masked_pos"].flatten(1))
@@ -41,6 +41,6 @@ def test_model_draws_the_masks_that_its_processor_draws(variant, config, kind):
     model = tiny_model(variant, config)
     pixel_values = torch.zeros(4, config.num_channels, *processor.size.values())
     drawn = model.draw_mask(pixel_values, processor.mask_grid, generator=torch.Generator().manual_seed(0))
-    handed = processor(samples(variant, processor, 4), training=True, seed=0)["bool_masked_pos"].flatten(1)
+    handed = processor(**users_samples(variant, processor, 4), training=True, seed=0)["bool_masked_pos"].flatten(1)
     assert drawn.shape == handed.shape and drawn.dtype == torch.bool
     assert drawn.sum(1).tolist() == handed.sum(1).tolist()

@@ -8,7 +8,6 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from tests.conformance.cases import (
     gradients,
     processor_of,
-    samples,
     skip_if_declined,
     tiny_model,
     tiny_teacher,
