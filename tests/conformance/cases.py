@@ -51,7 +51,8 @@ def training_inputs(variant: Variant, config, batch: int = 4, seed: int = 0) -> 
     processor = processor_of(variant, config)
     data = training_data(variant, processor, max(batch, 8), seed)
     drawn = data.__getitems__([(0, index) for index in range(batch)])
-    return processor.finish_training(drawn["pixels"], drawn["indices"], seed, 0)
+    inputs = processor.finish_training(drawn["pixels"], drawn["indices"], seed, 0)
+    return inputs | {"classes": drawn["labels"]} if variant.pretraining.uses_classes else inputs
 
 
 def variation(variant: Variant, **backbone_settings):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-METRICS = ("knn_accuracy", "linear_probe_accuracy", "few_label_accuracy", "retrieval")
+METRICS = ("knn_accuracy", "linear_probe_accuracy", "few_label_accuracy", "retrieval", "one_shot_accuracy")
 
 
 def load_metric(name: str, **kwargs):

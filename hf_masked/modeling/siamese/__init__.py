@@ -7,6 +7,11 @@ from hf_masked.modeling.siamese.hallucinator import (
     HallucinatedMoCoModel,
     HallucinatorConfig,
 )
+from hf_masked.modeling.siamese.jnn_recognition import (
+    JNNForPairClassification,
+    JNNRecognitionConfig,
+    JNNRecognitionModel,
+)
 from hf_masked.modeling.siamese.moco import MoCoConfig, MoCoForPreTraining, MoCoModel
 from hf_masked.modeling.siamese.siamese_attribution import (
     ReferenceShiftedConfig,
@@ -26,6 +31,9 @@ __all__ = [
     "HallucinatedMoCoForPreTraining",
     "HallucinatedMoCoModel",
     "HallucinatorConfig",
+    "JNNForPairClassification",
+    "JNNRecognitionConfig",
+    "JNNRecognitionModel",
     "MoCoConfig",
     "MoCoForPreTraining",
     "MoCoModel",
