@@ -29,7 +29,7 @@ def one_shot_accuracy(scores: torch.Tensor, references: torch.Tensor) -> dict[st
     if not scores.isfinite().all():
         raise ValueError("`scores` holds values that are not finite: the right class cannot be ranked.")
     best = scores == scores.amax(dim=1, keepdim=True)
-    hits = best[torch.arange(questions), references] / best.sum(dim=1)
+    hits = best[torch.arange(questions), references] / best.sum(dim=1).double()
     return {
         "accuracy": float(hits.mean()),
         "standard_error": float(hits.std(correction=0) / questions**0.5),

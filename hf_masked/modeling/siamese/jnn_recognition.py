@@ -60,7 +60,9 @@ class JNNEncoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if len(self.hidden_sizes) != len(JOINT_KERNELS):
-            raise ValueError(f"hidden_sizes is {self.hidden_sizes}; the encoder has {len(JOINT_KERNELS)} convolutions.")
+            raise ValueError(
+                f"hidden_sizes is {self.hidden_sizes}; the encoder has {len(JOINT_KERNELS)} convolutions."
+            )
 
 
 class JNNStage(GradientCheckpointingLayer):
@@ -358,7 +360,8 @@ class JNNForPairClassification(JNNRecognitionPreTrainedModel):
             support: float (episodes, ways, channels, height, width), one picture of each class.
 
         Returns:
-            float32 (episodes, ways) in (0, 1).
+            float32 (episodes, ways): the negative of the pairs' logits, which do not saturate as probabilities do; their
+            sigmoid is the probability of the same class.
 
         Raises:
             ValueError: where the two do not belong together.
@@ -370,14 +373,14 @@ class JNNForPairClassification(JNNRecognitionPreTrainedModel):
             )
         queries = query.unsqueeze(1).expand_as(support).flatten(0, 1)
         logits = self.classify(self.merge(queries, support.flatten(0, 1)))
-        return torch.sigmoid(-logits).unflatten(0, support.shape[:2])
+        return -logits.unflatten(0, support.shape[:2])
 
     @torch.no_grad()
     def pictures(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """What there is to see: name of the panel -> (batch, channels, height, width). The last one is a column as
         high as the model is sure that the class is the same."""
         query, target = pixel_values.unbind(dim=1)
-        same = self.predict_same(query, target.unsqueeze(1))  # (batch, 1)
+        same = self.predict_same(query, target.unsqueeze(1)).sigmoid()  # (batch, 1)
         height = pixel_values.shape[-2]
         rows = torch.arange(height, 0, -1, device=pixel_values.device) / height  # from the top
         column = (rows <= same).to(pixel_values.dtype)  # (batch, height)
