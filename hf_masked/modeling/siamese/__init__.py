@@ -7,6 +7,11 @@ from hf_masked.modeling.siamese.hallucinator import (
     HallucinatedMoCoModel,
     HallucinatorConfig,
 )
+from hf_masked.modeling.siamese.jnn_detection import (
+    JNNDetectionConfig,
+    JNNDetectionModel,
+    JNNForOneShotObjectDetection,
+)
 from hf_masked.modeling.siamese.jnn_recognition import (
     JNNForPairClassification,
     JNNRecognitionConfig,
@@ -31,6 +36,9 @@ __all__ = [
     "HallucinatedMoCoForPreTraining",
     "HallucinatedMoCoModel",
     "HallucinatorConfig",
+    "JNNDetectionConfig",
+    "JNNDetectionModel",
+    "JNNForOneShotObjectDetection",
     "JNNForPairClassification",
     "JNNRecognitionConfig",
     "JNNRecognitionModel",
