@@ -2,9 +2,9 @@
 
     python benchmarks/omniglot.py --data ../shared/data --seeds 0 1 2
 
-Each method learns from the five alphabets of the background set "small 1" (`omniglot_small1`) and then answers the 400
-questions of `omniglot_one_shot/all_runs.zip`: 20 runs in each of which a character, drawn by one person, is to be found
-among 20 characters of an alphabet that was not there in training, drawn by another (B. Lake et al., Science 2015).
+Each method learns from the five alphabets of the background set "small 1" (`omniglot_small1`) and then answers the
+400 questions of `omniglot_one_shot/all_runs.zip`: in each of 20 runs, 20 characters that one person drew are to be
+found among those that another drew, of an alphabet that was not there in training (B. Lake et al., Science 2015).
 "pixels" takes the nearest picture of the same size. Each finished seed is written at once; what is written is not run
 again. Further flags go to the training program.
 """

@@ -14,6 +14,7 @@ from hf_masked.modeling.siamese import *  # noqa: F403
 from hf_masked.modeling.siamese import __all__ as _siamese
 from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
+from hf_masked.processing.one_shot_detection import OneShotDetectionProcessor
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "CATALOGUE",
     "MaskedImageProcessor",
     "MultiViewImageProcessor",
+    "OneShotDetectionProcessor",
     "get_variant",
     *_masked_image,
     *_masked_latent,

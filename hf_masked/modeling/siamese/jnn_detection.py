@@ -1,7 +1,7 @@
 """Joint neural network for one-shot detection: a YOLOv2-like detector whose class is given by one query picture.
 
-After each of the first stages the maps of target and query are merged by a joint convolution; the merged map goes on as
-the target's, and the detector's head reads it.
+After each of the first stages the maps of target and query are merged by a joint convolution; the merged map goes on
+as the target's, and the detector's head reads it.
 
 Camilo J. Vargas, Qianni Zhang and Ebroul Izquierdo, "Joint Neural Networks for One-shot Object Recognition and
 Detection", 2024, arXiv 2408.00701.
@@ -377,8 +377,8 @@ class JNNForOneShotObjectDetection(JNNDetectionPreTrainedModel):
     ) -> Targets:
         """Which prediction answers for which true box (`build_target`).
 
-        A box goes to the cell that its centre lies in, there to the anchor that overlaps it most; of two boxes with the
-        same prediction the later one counts.
+        A box goes to the cell that its centre lies in, there to the anchor that overlaps it most; of two boxes with
+        the same prediction the later one counts.
 
         Args:
             found: (batch, predictions, 4), the predicted boxes, without gradients.
@@ -459,8 +459,8 @@ class JNNForOneShotObjectDetection(JNNDetectionPreTrainedModel):
 
     @torch.no_grad()
     def pictures(self, pixel_values: torch.Tensor, query_pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What there is to see: name of the panel -> (batch, channels, height, width). The last one is the target, dark
-        where no box was found."""
+        """What there is to see: name of the panel -> (batch, channels, height, width). The last one is the target,
+        dark where no box was found."""
         size = pixel_values.shape[-2:]
         outputs = self(pixel_values, query_pixel_values)
         found = self.post_process_one_shot_detection(outputs, target_sizes=[size] * len(pixel_values))

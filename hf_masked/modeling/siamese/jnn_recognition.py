@@ -150,8 +150,8 @@ class JNNRecognitionConfig(VariantConfig):
     Args:
         backbone_config: of one stream, a `JNNEncoderConfig`; AlexNet's convolutions by default.
         joint_stages: after which stages, counted from 1, the streams are merged, in ascending order. () is the Siamese
-            baseline: streams apart until the end, where the absolute differences of their features are classified (Koch
-            et al., 2015).
+            baseline: streams apart until the end, where the absolute differences of their features are classified
+            (Koch et al., 2015).
         pooled_size: rows and columns of the map that is classified.
         classifier_hidden_size: width of the classifier's two hidden layers.
         dropout: before these.
@@ -360,8 +360,8 @@ class JNNForPairClassification(JNNRecognitionPreTrainedModel):
             support: float (episodes, ways, channels, height, width), one picture of each class.
 
         Returns:
-            float32 (episodes, ways): the negative of the pairs' logits, which do not saturate as probabilities do; their
-            sigmoid is the probability of the same class.
+            float32 (episodes, ways): the negative of the pairs' logits, which do not saturate as probabilities do;
+            their sigmoid is the probability of the same class.
 
         Raises:
             ValueError: where the two do not belong together.
