@@ -15,6 +15,7 @@ from hf_masked.modeling.siamese import __all__ as _siamese
 from hf_masked.processing.crop_pairs import CropPairImageProcessor
 from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
+from hf_masked.processing.one_shot_detection import OneShotDetectionProcessor
 from hf_masked.processing.stereo import StereoImageProcessor
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "MaskedImageProcessor",
     "MultiViewImageProcessor",
     "StereoImageProcessor",
+    "OneShotDetectionProcessor",
     "get_variant",
     *_masked_image,
     *_masked_latent,

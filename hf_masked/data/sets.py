@@ -64,21 +64,20 @@ class Rows(PictureSets):
         return indices[:, None] * self.size + torch.arange(self.size)
 
 
-class Triplets(PictureSets):
-    """Anchor, positive and negative, drawn by class: a class, two different pictures of it, and one of another class
-    (eladhoffer/TripletNet, `Data.lua`). Rare classes come as often as others. An epoch has as many triplets as there
-    are pictures with a label.
+class SetsByClass(PictureSets):
+    """Sets drawn by class: a class with two pictures at least, each as often as any other, and what goes with one of
+    its pictures. An epoch has as many sets as there are pictures with a label.
 
     Raises:
         ValueError: without labels, or when no class has two pictures, or all have the same class.
     """
 
-    size: ClassVar[int] = 3
+    _name: ClassVar[str]
 
     def __init__(self, source: ImageSource):
         labels = source.labels()
         if labels is None:
-            raise ValueError(f"{source.name} has no labels to make triplets of: set label_column.")
+            raise ValueError(f"{source.name} has no labels to make {self._name} of: set label_column.")
         known = (labels >= 0).nonzero().flatten()
         _, counts = labels[known].unique(return_counts=True)
         self._by_class = known[labels[known].argsort(stable=True)]
@@ -87,14 +86,14 @@ class Triplets(PictureSets):
         if len(counts) < 2 or len(self._with_pairs) == 0:
             raise ValueError(
                 f"{source.name} has {len(counts)} classes, {len(self._with_pairs)} of them with two pictures or more: "
-                "triplets need two classes, one of them with two pictures."
+                f"{self._name} need two classes, one of them with two pictures."
             )
 
     def __len__(self) -> int:
         return len(self._by_class)
 
-    def pictures(self, indices, seed, epochs):
-        numbers = keyed_draw(sample_keys(seed, epochs, indices, purpose=SETS))(5).unbind(dim=1)
+    def _triplets(self, numbers: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """Numbers of an anchor, another picture of its class, and one of another class, of five uniform numbers."""
         same = self._with_pairs[_one_of(len(self._with_pairs), numbers[0])]
         anchor = _one_of(self._counts[same], numbers[1])
         # Steps away from the anchor, and from its class, that never come back to it.
@@ -102,7 +101,32 @@ class Triplets(PictureSets):
         other = (same + 1 + _one_of(len(self._counts) - 1, numbers[3])) % len(self._counts)
         negative = _one_of(self._counts[other], numbers[4])
         places = [(same, anchor), (same, positive), (other, negative)]
-        return torch.stack([self._by_class[self._starts[group] + place] for group, place in places], dim=1)
+        return [self._by_class[self._starts[group] + place] for group, place in places]
+
+
+class Triplets(SetsByClass):
+    """Anchor, positive and negative, drawn by class: a class, two different pictures of it, and one of another class
+    (eladhoffer/TripletNet, `Data.lua`). Rare classes come as often as others. See `SetsByClass`."""
+
+    size: ClassVar[int] = 3
+    _name: ClassVar[str] = "triplets"
+
+    def pictures(self, indices, seed, epochs):
+        numbers = keyed_draw(sample_keys(seed, epochs, indices, purpose=SETS))(5).unbind(dim=1)
+        return torch.stack(self._triplets(numbers), dim=1)
+
+
+class ClassPairs(SetsByClass):
+    """Two different pictures, of one class or of two with probability 1/2 (cjvargasc/JNN_recog, `datasetBatch.py`).
+    Rare classes come as often as others. See `SetsByClass`."""
+
+    size: ClassVar[int] = 2
+    _name: ClassVar[str] = "pairs"
+
+    def pictures(self, indices, seed, epochs):
+        numbers = keyed_draw(sample_keys(seed, epochs, indices, purpose=SETS))(6).unbind(dim=1)
+        query, same, different = self._triplets(numbers[:5])
+        return torch.stack([query, torch.where(numbers[5] < 0.5, same, different)], dim=1)
 
 
 class FramePairs(PictureSets):
@@ -155,7 +179,7 @@ def _one_of(n: int | torch.Tensor, number: torch.Tensor) -> torch.Tensor:
 
 
 # What a sample of a method consists of, see `VariantConfig.sample`.
-SAMPLES = {"row": Rows, "triplet": Triplets, "frames": FramePairs}
+SAMPLES = {"row": Rows, "triplet": Triplets, "class_pair": ClassPairs, "frames": FramePairs}
 
 
 def make_sets(

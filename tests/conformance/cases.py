@@ -76,6 +76,8 @@ def training_inputs(variant: Variant, config, batch: int = 4, seed: int = 0) -> 
     data = training_data(variant, processor, max(batch, 8), seed)
     drawn = data.__getitems__([(0, index) for index in range(batch)])
     inputs = processor.finish_training(drawn["pixels"], drawn["indices"], seed, 0)
+    if variant.pretraining.uses_classes:
+        inputs |= {"classes": drawn["labels"]}
     return inputs | ({"labels": drawn["targets"]} if "targets" in drawn else {})
 
 

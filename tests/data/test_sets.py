@@ -9,7 +9,7 @@ from PIL import Image
 from hf_masked import CropPairImageProcessor
 from hf_masked.data import ImageDataset, ResidentImageDataset, load_images
 from hf_masked.data.cached import write_cache
-from hf_masked.data.sets import SAMPLES, FramePairs, Rows, Triplets, make_sets
+from hf_masked.data.sets import SAMPLES, ClassPairs, FramePairs, Rows, Triplets, make_sets
 from hf_masked.data.sources import ArraySource, FolderSource, TableSource
 from hf_masked.modeling.registry import CATALOGUE
 from hf_masked.processing.multi_view import MultiViewImageProcessor
@@ -49,6 +49,24 @@ def test_triplets_depend_on_seed_epoch_and_index_alone():
     assert torch.equal(first[[5, 3]], triplets.pictures(torch.tensor([5, 3]), 1, torch.tensor([2, 2])))
     assert not torch.equal(first, triplets.pictures(indices, 1, 3))
     assert not torch.equal(first, triplets.pictures(indices, 2, 2))
+
+
+def test_pairs_are_of_one_class_or_of_two_with_equal_chances():
+    pairs, labels = ClassPairs(labelled()), torch.from_numpy(LABELS)
+    drawn = pairs.pictures(torch.arange(len(pairs)).repeat(40), 0, torch.arange(40).repeat_interleave(64))
+    query, target = drawn.unbind(dim=1)
+    same = labels[query] == labels[target]
+    assert len(pairs) == 64 and (query != target).all() and (labels[drawn] >= 0).all()
+    assert same.float().mean() == pytest.approx(0.5, abs=0.03)
+    # Class by class; which class the query has does not say whether the target's is the same.
+    for label in range(3):
+        assert (labels[query] == label).float().mean() == pytest.approx(1 / 3, abs=0.03)
+        assert same[labels[query] == label].float().mean() == pytest.approx(0.5, abs=0.05)
+    assert (labels[target][~same] == 3).float().mean() == pytest.approx(1 / 3, abs=0.04)
+    again = pairs.pictures(torch.tensor([5, 3]), 0, torch.tensor([2, 0]))
+    assert torch.equal(again, drawn[[2 * 64 + 5, 3]])
+    with pytest.raises(ValueError, match="no labels to make pairs of"):
+        ClassPairs(ArraySource("numbers", np.zeros((4, 8, 8), np.uint8)))
 
 
 def test_triplets_that_cannot_be_made_are_refused():

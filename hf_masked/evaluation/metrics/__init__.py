@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-METRICS = ("knn_accuracy", "linear_probe_accuracy", "few_label_accuracy", "retrieval", "stereo")
+METRICS = (
+    "knn_accuracy",
+    "linear_probe_accuracy",
+    "few_label_accuracy",
+    "retrieval",
+    "one_shot_accuracy",
+    "stereo",
+)
 
 
 def load_metric(name: str, **kwargs):

@@ -13,6 +13,16 @@ from hf_masked.modeling.siamese.hallucinator import (
     HallucinatedMoCoModel,
     HallucinatorConfig,
 )
+from hf_masked.modeling.siamese.jnn_detection import (
+    JNNDetectionConfig,
+    JNNDetectionModel,
+    JNNForOneShotObjectDetection,
+)
+from hf_masked.modeling.siamese.jnn_recognition import (
+    JNNForPairClassification,
+    JNNRecognitionConfig,
+    JNNRecognitionModel,
+)
 from hf_masked.modeling.siamese.moco import MoCoConfig, MoCoForPreTraining, MoCoModel
 from hf_masked.modeling.siamese.psmnet import (
     PSMNetConfig,
@@ -49,6 +59,12 @@ __all__ = [
     "HallucinatedMoCoForPreTraining",
     "HallucinatedMoCoModel",
     "HallucinatorConfig",
+    "JNNDetectionConfig",
+    "JNNDetectionModel",
+    "JNNForOneShotObjectDetection",
+    "JNNForPairClassification",
+    "JNNRecognitionConfig",
+    "JNNRecognitionModel",
     "MoCoConfig",
     "MoCoForPreTraining",
     "MoCoModel",
