@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def modules_cache(tmp_path_factory):
     """A new cache, so that nothing is used which an earlier run left. Python imports all modules from the first place
     from which it has imported one: it is the same for all tests."""
@@ -15,6 +15,6 @@ def modules_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def offline(modules_cache, monkeypatch):
+def offline(monkeypatch):
     """No network."""
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a metric asked the network"))

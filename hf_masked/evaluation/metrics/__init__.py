@@ -7,6 +7,7 @@ METRICS = (
     "linear_probe_accuracy",
     "few_label_accuracy",
     "retrieval",
+    "label_propagation",
     "one_shot_accuracy",
     "stereo",
 )
