@@ -388,7 +388,7 @@ def errors(model: CropMAEForPreTraining, strategy: str) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_the_same_view_twice_is_copied():
-    found = errors(trained_on_clouds("same_views", 400), "same_views")
+    found = errors(trained_on_clouds("same_views", 500), "same_views")
     assert found["own"] < 0.1 and min(found["other"], found["noise"]) > 1.0
 
 
