@@ -130,7 +130,7 @@ class ClassPairs(SetsByClass):
 
 
 class FramePairs(PictureSets):
-    """Two frames of a clip, the earlier one first, with a gap drawn uniformly (SiamMAE, section 3; alexandre-eymael/
+    """Two frames of a clip, the earlier one first, with a gap drawn uniformly (SiamMAE; alexandre-eymael/
     CropMAE, `data/util/video_utils.py`). An epoch has one pair of each clip of two frames or more.
 
     Args:

@@ -17,7 +17,7 @@ STRATEGIES = (*NESTED, "random_views", *SHARED)
 
 
 class CropPairImageProcessor(MultiViewImageProcessor, MaskedImageProcessor):
-    """Makes pairs of views, and a mask for the second one (CropMAE, section 3.2; `data/util/CropMAEStrategies.py`).
+    """Makes pairs of views, and a mask for the second one (CropMAE, `data/util/CropMAEStrategies.py`).
 
     The strategies:
         "global_to_local": view 1 is a random resized crop, view 2 a crop of view 1 as it is after resizing, before

@@ -41,7 +41,7 @@ class CropMAEConfig(MAEConfig):
 
     Args:
         backbone_config: a ViT, DeiT or DINOv2 config; ViT-S/16 by default.
-        mask_ratio: share of view 2's patches that the encoder does not see; 0.985 leaves 2 of 196 (table 6).
+        mask_ratio: share of view 2's patches that the encoder does not see; 0.985 leaves 2 of 196.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: of the
             decoder; the reference's feed-forward is 2048 wide whatever the decoder.
         decoder_dropout: in training, of the decoder's attention weights, inside its feed-forwards and of its residual

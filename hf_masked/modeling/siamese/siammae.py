@@ -34,7 +34,6 @@ class SiamMAEConfig(CropMAEConfig):
     paper_year: ClassVar[int] = 2023
     arxiv_id: ClassVar[str] = "2305.14344"
     reference_repository: ClassVar[str] = "https://github.com/alexandre-eymael/CropMAE"
-    weights_licence: ClassVar[str | None] = None
     masks: ClassVar[str] = "95 % of the later of two frames, dropped before the encoder"
     predicts: ClassVar[str] = "pixels of the masked patches, from the earlier frame"
     sample: ClassVar[str] = "frames"
