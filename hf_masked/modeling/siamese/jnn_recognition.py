@@ -377,13 +377,13 @@ class JNNForPairClassification(JNNRecognitionPreTrainedModel):
 
     @torch.no_grad()
     def pictures(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What there is to see: name of the panel -> (batch, channels, height, width). The last one is a column as
-        high as the model is sure that the class is the same."""
+        """What there is to see: name of the panel -> (batch, channels, height, width). The last one is a gray column
+        as high as the model is sure that the class is the same."""
         query, target = pixel_values.unbind(dim=1)
         same = self.predict_same(query, target.unsqueeze(1)).sigmoid()  # (batch, 1)
         height = pixel_values.shape[-2]
         rows = torch.arange(height, 0, -1, device=pixel_values.device) / height  # from the top
-        column = (rows <= same).to(pixel_values.dtype)  # (batch, height)
+        column = 0.6 * (rows <= same).to(pixel_values.dtype)  # (batch, height)
         return {"query": query, "target": target, "same class?": column[:, None, :, None].expand_as(query)}
 
 

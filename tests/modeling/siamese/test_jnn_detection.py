@@ -1,5 +1,6 @@
 """The joint neural network for detection against its reference, and every check of its spec (section 11)."""
 
+import colorsys
 import json
 import random
 from pathlib import Path
@@ -26,7 +27,6 @@ from hf_masked import (
     get_variant,
 )
 from hf_masked.data.one_shot_detection import OneShotDetectionData, augment
-from hf_masked.data.small_sets import digits
 from hf_masked.modeling.parts.boxes import (
     box_iou,
     decode_boxes,
@@ -414,53 +414,53 @@ def test_settings_that_cannot_be_are_named(settings, words):
 
 # --- data ---
 
-CANVAS, ITEM, SEEN = 128, 40, 7
+CANVAS, ITEM, HUES = 64, 20, 24
+UNSEEN = range(0, HUES, 4)
+SEEN = [hue for hue in range(HUES) if hue not in UNSEEN]
 
 
-def canvases(count: int, labels_used: range, seed: int = 0):
-    """Canvases with four digits each, of different classes: pictures, boxes (4, 4) and classes (4,)."""
-    images, labels = digits("train")[1:3]
+def canvases(count: int, hues, seed: int = 0):
+    """Canvases with four patches each, of different hues, their classes: pictures, boxes (4, 4) and classes (4,)."""
     numbers = random.Random(seed)
+    shades = np.random.default_rng(seed)
     pictures, boxes, classes = [], [], []
     for _ in range(count):
-        canvas, placed = np.zeros((CANVAS, CANVAS), np.uint8), []
-        chosen = numbers.sample(list(labels_used), min(4, len(labels_used)))
-        corners = [(row, column) for row in (0, 1) for column in (0, 1)]
-        for label, (row, column) in zip(chosen, numbers.sample(corners, len(chosen)), strict=True):
-            item = images[numbers.choice(np.flatnonzero(labels == label).tolist())]
-            item = np.array(Image.fromarray(item).resize((ITEM, ITEM)))
-            top, left = (64 * part + numbers.randrange(64 - ITEM) for part in (row, column))
-            canvas[top : top + ITEM, left : left + ITEM] = item
+        canvas, placed = np.zeros((CANVAS, CANVAS, 3)), []
+        chosen = numbers.sample(list(hues), 4)
+        for hue, (row, column) in zip(chosen, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
+            top, left = (CANVAS // 2 * part + numbers.randrange(CANVAS // 2 - ITEM) for part in (row, column))
+            shade = shades.uniform(0.6, 1.0, (ITEM, ITEM, 1))
+            canvas[top : top + ITEM, left : left + ITEM] = 255 * shade * colorsys.hsv_to_rgb(hue / HUES, 1, 1)
             placed.append([left / CANVAS, top / CANVAS, (left + ITEM) / CANVAS, (top + ITEM) / CANVAS])
-        pictures.append(Image.fromarray(canvas))
+        pictures.append(Image.fromarray(canvas.astype(np.uint8)))
         boxes.append(torch.tensor(placed))
         classes.append(torch.tensor(chosen))
     return pictures, boxes, classes
 
 
-def detection_data(count: int, labels: range, **settings) -> OneShotDetectionData:
-    processor = OneShotDetectionProcessor((CANVAS, CANVAS), (CANVAS // 2, CANVAS // 2), num_channels=1)
-    return OneShotDetectionData(*canvases(count, labels), processor, **settings)
+def detection_data(count: int, hues, seed: int = 0, **settings) -> OneShotDetectionData:
+    processor = OneShotDetectionProcessor((CANVAS, CANVAS), (CANVAS // 2, CANVAS // 2))
+    return OneShotDetectionData(*canvases(count, hues, seed), processor, **settings)
 
 
 def test_a_sample_is_a_query_and_what_there_is_of_its_class():
-    data = detection_data(20, range(10), seen_classes=range(SEEN), training=False)
+    data = detection_data(40, range(HUES), seen_classes=SEEN, training=False)
     labels = set()
-    for index in range(20):
+    for index in range(40):
         sample = data[index]
         labels.add(int(sample["classes"]))
-        assert sample["pixel_values"].shape == (1, 128, 128) and sample["query_pixel_values"].shape == (1, 64, 64)
+        assert sample["pixel_values"].shape == (3, 64, 64) and sample["query_pixel_values"].shape == (3, 32, 32)
         (box,) = sample["boxes"][: sample["num_boxes"]]
         # The target is one of the pictures, and the box one of its class.
-        (number,) = (
-            number
-            for number, picture in enumerate(data.pictures)
-            if np.array_equal(np.asarray(picture), (255 * sample["pixel_values"][0]).round().byte().numpy())
-        )
+        shown = (255 * sample["pixel_values"]).round().byte().permute(1, 2, 0).numpy()
+        (number,) = (n for n, picture in enumerate(data.pictures) if np.array_equal(np.asarray(picture), shown))
         place = data.classes[number].tolist().index(int(sample["classes"]))
         torch.testing.assert_close(box, data.boxes[number][place].clamp(0.001, 0.999))
-    assert labels <= set(range(SEEN)) and len(labels) > 3
-    again = detection_data(20, range(10), seen_classes=range(SEEN), training=False)
+        color = sample["query_pixel_values"].mean(dim=(1, 2))
+        hue = HUES * colorsys.rgb_to_hsv(*color.tolist())[0]
+        assert min(abs(hue - int(sample["classes"])), HUES - abs(hue - int(sample["classes"]))) < 0.2
+    assert labels <= set(SEEN) and len(labels) > 6
+    again = detection_data(40, range(HUES), seen_classes=SEEN, training=False)
     assert all(torch.equal(value, again[7][name]) for name, value in data[7].items())
     again.set_epoch(1)
     assert any(not torch.equal(data[index]["boxes"], again[index]["boxes"]) for index in range(5))
@@ -484,7 +484,7 @@ def test_augmented_boxes_stay_on_what_they_hold():
 
 
 def test_data_that_do_not_belong_together_are_refused():
-    pictures, boxes, classes = canvases(3, range(10))
+    pictures, boxes, classes = canvases(3, range(HUES))
     processor = OneShotDetectionProcessor()
     with pytest.raises(ValueError, match="3 pictures, boxes for 2"):
         OneShotDetectionData(pictures, boxes[:2], classes, processor)
@@ -517,26 +517,25 @@ def average_precision(model, samples: list[dict], query_of: list[int]) -> float:
 
 
 @pytest.mark.slow
-def test_it_finds_unseen_digits_by_the_right_query(tmp_path):
-    train = detection_data(400, range(SEEN), training=False)
-    unseen = detection_data(60, range(SEEN, 10), training=False)
+def test_it_finds_unseen_hues_by_the_right_query(tmp_path):
+    """The toy is simple on purpose: what is to be found is the patch of the query's hue among three others."""
+    train = detection_data(1600, SEEN, training=False)
+    unseen = detection_data(80, UNSEEN, seed=1, training=False)
     torch.manual_seed(0)
-    darknet = JNNDarknetConfig(num_channels=1, hidden_sizes=(8, 16, 32, 48, 64, 64), image_size=CANVAS)
-    config = JNNDetectionConfig(backbone_config=darknet, anchors=[[1.25, 1.25]], passed_size=16)
+    darknet = JNNDarknetConfig(hidden_sizes=(8, 16, 16, 32, 32, 64), image_size=CANVAS)
+    config = JNNDetectionConfig(backbone_config=darknet, anchors=[[0.6, 0.6]], passed_size=16)
     model = JNNForOneShotObjectDetection(config)
     args = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, max_steps=400, per_device_train_batch_size=16, learning_rate=2e-3,
-        report_to="none", disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
+        output_dir=str(tmp_path), use_cpu=True, max_steps=400, per_device_train_batch_size=32, learning_rate=3e-3,
+        report_to="none", disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
     Trainer(model=model, args=args, train_dataset=train).train()
     samples = [unseen[index] for index in range(len(unseen))]
     classes = [int(sample["classes"]) for sample in samples]
     other = [next(j for j in range(len(samples)) if classes[j] != label) for label in classes]
-    right, wrong = (
-        average_precision(model, samples, list(range(len(samples)))),
-        average_precision(model, samples, other),
-    )
-    assert right > 0.4 and right > 1.5 * wrong, (right, wrong)
+    right = average_precision(model, samples, list(range(len(samples))))
+    wrong = average_precision(model, samples, other)
+    assert right > 0.3 and right > 2 * wrong, (right, wrong)
 
 
 def test_it_is_in_the_catalogue_as_a_procedure():
