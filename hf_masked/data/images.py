@@ -66,12 +66,13 @@ class KeyedImageDataset(Dataset):
         """The numbers of the samples' pictures, int64 (batch,) or (batch, pictures)."""
         return indices if self.sets is None else self.sets.pictures(indices, self.seed, epochs)
 
-    def _batch(self, pixels, indices, epochs, asked) -> dict:
-        bad = self._pictures.faults(self._numbers(torch.tensor(asked), torch.tensor(epochs)).flatten().tolist())
+    def _batch(self, pixels, indices, numbers, epochs, asked) -> dict:
+        """A batch of the pictures `numbers`; sets are drawn again only where there are bad pictures to name."""
+        bad = []
+        if self._pictures.bad:
+            bad = self._pictures.faults(self._numbers(torch.tensor(asked), torch.tensor(epochs)).flatten().tolist())
         batch = {"pixels": pixels, "indices": indices, "epoch": torch.tensor(epochs[0]), "bad": bad}
-        if self._labels is not None:
-            batch["labels"] = self._labels[self._numbers(indices, torch.tensor(epochs))]
-        return batch
+        return batch if self._labels is None else {**batch, "labels": self._labels[numbers]}
 
 
 class ImageDataset(KeyedImageDataset):
@@ -108,7 +109,7 @@ class ImageDataset(KeyedImageDataset):
             pixels = self.processor.prepare_training(list(images), indices, self.seed, torch.tensor(epochs))
         else:
             pixels = self.processor.prepare(list(images))
-        return self._batch(pixels, indices, epochs, asked)
+        return self._batch(pixels, indices, self._numbers(indices, torch.tensor(epochs)), epochs, asked)
 
     def _good_sample(self, index: int, epoch: int):
         if self.sets is None:
@@ -147,14 +148,14 @@ class ResidentImageDataset(KeyedImageDataset):
         """See `ImageDataset.__getitems__`; `pixels` are on the device, the rest on the CPU."""
         epochs, asked = zip(*keys, strict=True)
         indices = torch.tensor(asked) if self.sets is not None else self._used[torch.tensor(asked)]
-        numbers = self._numbers(indices, torch.tensor(epochs)).to(self._images.device)
+        numbers = self._numbers(indices, torch.tensor(epochs))
         channels = self.processor.num_channels
-        images = self._images[numbers].expand(*numbers.shape, channels, -1, -1)
+        images = self._images[numbers.to(self._images.device)].expand(*numbers.shape, channels, -1, -1)
         if self.training:
             pixels = self.processor.prepare_training(images, indices, self.seed, torch.tensor(epochs))
         else:
             pixels = self.processor.prepare_resident(images)
-        return self._batch(pixels, indices, epochs, asked)
+        return self._batch(pixels, indices, numbers, epochs, asked)
 
 
 @dataclass
