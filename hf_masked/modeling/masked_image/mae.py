@@ -234,19 +234,18 @@ class MAEForPreTraining(MAEPreTrainedModel):
         model does not know; the panel's name says so.
         """
         predicted, mask = self.reconstruct(pixel_values, bool_masked_pos)
+        return {"picture": pixel_values.float(), **self.drawn(pixel_values, predicted, mask, "reconstruction")}
+
+    def drawn(self, pixel_values, predicted, mask, name: str) -> dict[str, torch.Tensor]:
+        """The panels "masked" and `name` of pictures, their predictions (batch, units, values) and masks."""
         grid = self._check_inputs(pixel_values, None)
         patches = patchify(pixel_values.float(), self.patch_size)
         predicted = predicted.float()
         if self.config.norm_pix_loss:
             predicted = denormalize_patches(predicted, patches)
+            name += " (true patch statistics)"
         hidden = mask.unsqueeze(-1)
-        panels = {
-            "picture": patches,
-            "masked": patches.masked_fill(hidden, 0.0),
-            "reconstruction" + (" (true patch statistics)" if self.config.norm_pix_loss else ""): torch.where(
-                hidden, predicted, patches
-            ),
-        }
+        panels = {"masked": patches.masked_fill(hidden, 0.0), name: torch.where(hidden, predicted, patches)}
         return {name: unpatchify(panel, grid, self.patch_size) for name, panel in panels.items()}
 
 

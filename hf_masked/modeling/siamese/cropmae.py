@@ -28,10 +28,8 @@ from hf_masked.modeling.outputs import MaskedPreTrainingOutput
 from hf_masked.modeling.parts.backbones import backbone_grid, encode_visible, num_prefix_tokens, tiny_vit
 from hf_masked.modeling.parts.blocks import CrossAttention, SelfAttention
 from hf_masked.modeling.parts.decoders import MaskTokenDecoder
-from hf_masked.modeling.parts.patches import patchify, unpatchify
 from hf_masked.modeling.parts.pooling import check_views
 from hf_masked.modeling.parts.state_dicts import TIMM_VIT_RENAMING, official_depth, official_vit_config, rename_weights
-from hf_masked.modeling.parts.targets import denormalize_patches
 from hf_masked.modeling.projected_views import example_views
 from hf_masked.modeling.registry import register_variant
 
@@ -233,18 +231,7 @@ class CropMAEForPreTraining(MAEForPreTraining):
         """
         predicted, mask = self.reconstruct(pixel_values, bool_masked_pos)
         view_1, view_2 = pixel_values.unbind(dim=1)
-        patches, predicted = patchify(view_2.float(), self.patch_size), predicted.float()
-        if self.config.norm_pix_loss:
-            predicted = denormalize_patches(predicted, patches)
-        hidden, grid = mask.unsqueeze(-1), self._check_inputs(view_2, None)
-        drawn = {
-            "masked": patches.masked_fill(hidden, 0.0),
-            "completed" + (" (true patch statistics)" if self.config.norm_pix_loss else ""): torch.where(
-                hidden, predicted, patches
-            ),
-        }
-        drawn = {name: unpatchify(panel, grid, self.patch_size) for name, panel in drawn.items()}
-        return {"view 1": view_1, "view 2": view_2, **drawn}
+        return {"view 1": view_1, "view 2": view_2, **self.drawn(view_2, predicted, mask, "completed")}
 
 
 class CropMAEForImageClassification(MAEForImageClassification):
