@@ -10,6 +10,9 @@ from hf_masked.modeling.parts.backbones import build_backbone, copy_weights, loa
 from hf_masked.modeling.parts.momentum import MomentumTwin
 from hf_masked.modeling.parts.teachers import FrozenTeacher
 
+# Settings of processors for whole pictures, without augmentation.
+WHOLE_PICTURE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0, "crop_fraction": 1.0}
+
 
 class VariantConfig(PreTrainedConfig):
     """Base of all configs. The class attributes are the facts that catalogue, cards, docs and command line read.

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from hf_masked.modeling.base import VariantConfig, VariantModel
+from hf_masked.modeling.base import WHOLE_PICTURE, VariantConfig, VariantModel
 from hf_masked.modeling.outputs import PreTrainingOutput
 from hf_masked.modeling.parts.heads import init_as_torch
 from hf_masked.modeling.parts.joint import ConvBlock, JointConv
@@ -199,9 +199,8 @@ class JNNRecognitionConfig(VariantConfig):
 
     def processor_settings(self) -> dict:
         # The whole picture in [0, 1], without augmentation (`train.py`).
-        whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0, "crop_fraction": 1.0}
         plain = {"photometric": None, "image_mean": 0.0, "image_std": 1.0}
-        return super().processor_settings() | {"num_views": self.num_views} | whole | plain
+        return super().processor_settings() | {"num_views": self.num_views} | WHOLE_PICTURE | plain
 
 
 @dataclass

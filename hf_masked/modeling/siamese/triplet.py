@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from hf_masked.modeling.base import VariantConfig, VariantModel
+from hf_masked.modeling.base import WHOLE_PICTURE, VariantConfig, VariantModel
 from hf_masked.modeling.outputs import PreTrainingOutput
 from hf_masked.modeling.parts.backbones import tiny_vit
 from hf_masked.modeling.parts.heads import init_as_torch
@@ -149,8 +149,7 @@ class TripletConfig(VariantConfig):
 
     def processor_settings(self) -> dict:
         # No augmentation (`Data.lua` has it switched off): the whole picture, as it is.
-        whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0, "crop_fraction": 1.0}
-        return super().processor_settings() | {"num_views": self.num_views, "photometric": None} | whole
+        return super().processor_settings() | {"num_views": self.num_views, "photometric": None} | WHOLE_PICTURE
 
 
 @dataclass
