@@ -24,6 +24,7 @@ class Variant:
         model: the class that returns features.
         tiny_config: makes a config of some ten thousand parameters, for tests and docs.
         heads: task heads, {Auto class: model class}.
+        other_heads: task heads for which there is no Auto class.
         convert: `convert(official state dict, config) -> our state dict`, where official weights exist.
         official_config: `official_config(official state dict) -> config`.
         example_inputs: `example_inputs(config, batch) -> inputs of forward`, where the modality's default will not do.
@@ -35,6 +36,7 @@ class Variant:
     model: type[VariantModel]
     tiny_config: Callable[[], VariantConfig]
     heads: dict[type, type[VariantModel]] = field(default_factory=dict)
+    other_heads: tuple[type[VariantModel], ...] = ()
     convert: Callable[[dict, VariantConfig], dict] | None = None
     official_config: Callable[[dict], VariantConfig] | None = None
     example_inputs: Callable[[VariantConfig, int], dict[str, torch.Tensor]] | None = None

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_masked.modeling.own_encoder import OwnEncoderClassifier, OwnEncoderModel
-from hf_masked.modeling.parts.backbones import backbone_grid, embed_patches, xavier_uniform_as_matrix
+from hf_masked.modeling.parts.backbones import backbone_grid, embed_patches, init_patch_projection
 from hf_masked.modeling.parts.patches import check_pixel_values, pair
 from hf_masked.modeling.parts.rotary import RotaryAttention, Rotation, check_rotary_heads
 
@@ -310,10 +310,7 @@ def init_capi(module: nn.Module) -> None:
     elif isinstance(module, nn.RMSNorm) and module.elementwise_affine:
         init.ones_(module.weight)
     elif isinstance(module, CAPIEmbeddings):
-        projection = module.patch_embeddings
-        xavier_uniform_as_matrix(projection.weight)
-        bound = 1 / math.sqrt(projection.weight[0].numel())  # torch's own
-        init.uniform_(projection.bias, -bound, bound)
+        init_patch_projection(module.patch_embeddings)
         init.normal_(module.register_tokens, std=0.02)
 
 

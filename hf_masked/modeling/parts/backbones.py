@@ -393,3 +393,10 @@ def xavier_uniform_as_matrix(weight: torch.Tensor) -> None:
     # `init` functions look at a mark on the tensor, which a view would lose.
     if not getattr(weight, "_is_hf_initialized", False):
         nn.init.xavier_uniform_(weight.flatten(1))
+
+
+def init_patch_projection(projection: nn.Conv2d) -> None:
+    """`xavier_uniform_as_matrix` for the kernel, torch's own initialisation for the bias."""
+    xavier_uniform_as_matrix(projection.weight)
+    bound = 1 / math.sqrt(projection.weight[0].numel())
+    init.uniform_(projection.bias, -bound, bound)
