@@ -29,7 +29,8 @@ from hf_masked.data import labelled_tensors
 from hf_masked.evaluation.features import ImageSettings
 from hf_masked.evaluation.report import evaluate_encoder, evaluate_raw_pixels
 from hf_masked.modeling.registry import get_variant
-from hf_masked.training.cli import make_model, open_source, train
+from hf_masked.training.cli import make_model, train
+from hf_masked.training.modalities import modality_of
 from hf_masked.training.recipes import parse
 
 # Share of the labels that fine-tuning gets.
@@ -53,7 +54,7 @@ def run_seed(recipe: str, seed: int, flags: list[str], output: str) -> dict:
     processor = trainer.processing_class
     splits = []
     for split in (data.train_split, data.test_split):
-        source = open_source(data, split)
+        source = modality_of(trainer.model.config).open(data, split, trainer.model.config, processor)
         splits.append(labelled_tensors(source, processor))
     settings = ImageSettings.of_processor(processor)
     rows = {

@@ -3,12 +3,11 @@
 from hf_masked.data.bad_images import BadImageLog
 from hf_masked.data.images import (
     ImageDataset,
-    KeyedSampler,
     ResidentImageDataset,
     StreamingImageDataset,
     StreamPosition,
-    collate_images,
 )
+from hf_masked.data.keyed import KeyedDataset, KeyedSampler, collate_samples
 from hf_masked.data.labelled import labelled_tensors
 from hf_masked.data.sources import ImageSource, StreamingImageSource, load_images
 from hf_masked.data.stereo import StereoDataset, SyntheticStereo
@@ -17,6 +16,7 @@ __all__ = [
     "BadImageLog",
     "ImageDataset",
     "ImageSource",
+    "KeyedDataset",
     "KeyedSampler",
     "ResidentImageDataset",
     "StereoDataset",
@@ -24,7 +24,7 @@ __all__ = [
     "StreamingImageDataset",
     "StreamingImageSource",
     "SyntheticStereo",
-    "collate_images",
+    "collate_samples",
     "labelled_tensors",
     "load_images",
 ]

@@ -125,7 +125,7 @@ class BadImageLog:
         Raises:
             ValueError: if too many of the pictures seen so far are bad.
         """
-        self.seen += len(batch["pixels"])
+        self.seen += len(batch["indices"])
         for fault in batch["bad"]:
             if fault not in self.faults:
                 logger.warning("Bad picture, another takes its place: %s", fault)

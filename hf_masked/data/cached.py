@@ -158,7 +158,7 @@ def _write_split(folder: Path, pictures: DataLoader, labels: torch.Tensor | None
     with open(folder / "pixels.bin", "wb") as file:
         for index, picture in enumerate(pictures):
             is_bad = isinstance(picture, str)
-            log.add({"pixels": [index], "bad": [picture] if is_bad else []})
+            log.add({"indices": [index], "bad": [picture] if is_bad else []})
             if not is_bad:
                 file.write(picture.contiguous().numpy().data)
                 offsets.append(file.tell())

@@ -10,23 +10,21 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_masked.data.bad_images import MIN_SEEN, Pictures, decode_picture, too_many_bad
+from hf_masked.data.keyed import ORDER, KeyedDataset
 from hf_masked.data.sets import PictureSets
 from hf_masked.data.sources import ImageSource, StreamingImageSource, check_channels
 from hf_masked.processing.decoding import BadImageError
 from hf_masked.randomness import sample_keys
 
-# Separates the order of an epoch from the draws of processors, whose purposes count from 0.
-ORDER = -1
-
 # Pictures of a stream that are decoded before they are prepared together: drawing for them one by one is slow.
 CHUNK = 32
 
 
-class KeyedImageDataset(Dataset):
-    """What the data sets share whose samples are asked for as (epoch, index).
+class KeyedImageDataset(KeyedDataset):
+    """What the data sets of pictures share whose samples are asked for as (epoch, index).
 
     Args:
         source: the pictures.
@@ -77,7 +75,7 @@ class KeyedImageDataset(Dataset):
 
 class ImageDataset(KeyedImageDataset):
     """Pictures decoded when they are asked for, for `DataLoader(..., sampler=KeyedSampler(...),
-    collate_fn=collate_images)`.
+    collate_fn=collate_samples)`.
 
     A bad picture is replaced by the next good one (index + 1, + 2, ...), cropped by that one's own key; a set with a
     bad picture by the next good set.
@@ -118,8 +116,7 @@ class ImageDataset(KeyedImageDataset):
 
 
 class ResidentImageDataset(KeyedImageDataset):
-    """Pictures of one size, all on the device as uint8 from the start: for small sets. Takes no workers and no pinned
-    memory.
+    """Pictures of one size, all on the device as uint8 from the start: for small sets.
 
     Args:
         device: where the pictures stay and are cropped.
@@ -129,6 +126,8 @@ class ResidentImageDataset(KeyedImageDataset):
         ValueError: for pictures of several sizes, or too many bad ones; with `sets` for any bad one, which would leave
             others without their company.
     """
+
+    resident = True
 
     def __init__(self, source: ImageSource, processor, *args, device: torch.device | str = "cpu", **kwargs):
         super().__init__(source, processor, *args, **kwargs)
@@ -174,7 +173,7 @@ class StreamPosition:
 
 
 class StreamingImageDataset(IterableDataset):
-    """Pictures in passing, one sample at a time, for `DataLoader(..., collate_fn=collate_images)`.
+    """Pictures in passing, one sample at a time, for `DataLoader(..., collate_fn=collate_samples)`.
 
     A sample's index is its place in the shuffled stream, shared out among all workers of all processes; where ranks
     share single pictures (see `StreamingImageSource.samples`) it does not depend on how many there are. Processes and
@@ -214,7 +213,7 @@ class StreamingImageDataset(IterableDataset):
         """Takes note of a batch that was used.
 
         Args:
-            batch: of `collate_images`.
+            batch: of `collate_samples`.
             num_workers: of the loader.
         """
         workers, epoch = max(1, num_workers), int(batch["epoch"])
@@ -282,41 +281,3 @@ class StreamingImageDataset(IterableDataset):
             columns["labels"] = labels
         rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         return [{**row, "epoch": epoch, "bad": [] if place else bad} for place, row in enumerate(rows)]
-
-
-class KeyedSampler(Sampler):
-    """The order of an epoch as (epoch, index): a function of the seed and the epoch.
-
-    Args:
-        n: length of the data set.
-        seed: the run's seed.
-        shuffle: a random order, instead of 0, 1, 2, ...
-    """
-
-    def __init__(self, n: int, seed: int = 0, shuffle: bool = True):
-        self.n = n
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, order = self.epoch, range(self.n)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(int(sample_keys(self.seed, epoch, [0], purpose=ORDER)))
-            order = torch.randperm(self.n, generator=generator).tolist()
-        return ((epoch, index) for index in order)
-
-
-def collate_images(batch: dict | list[dict]) -> dict:
-    """`DataLoader(collate_fn=...)` of all data sets here: stacks what comes as single samples."""
-    if isinstance(batch, dict):
-        return batch
-    bad = [name for sample in batch for name in sample["bad"]]
-    stacked = default_collate([{key: value for key, value in sample.items() if key != "bad"} for sample in batch])
-    return {**stacked, "epoch": stacked["epoch"][0], "bad": bad}

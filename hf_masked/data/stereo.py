@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
+from hf_masked.data.keyed import KeyedDataset
 from hf_masked.processing.decoding import BadImageError, open_image, to_channels, to_uint8_tensor
 from hf_masked.processing.image_processing import CROP
 from hf_masked.processing.stereo import StereoImageProcessor, read_disparity
@@ -284,7 +284,7 @@ def load_stereo(
     return SyntheticStereo(length, size, max_disparity, seed=seed, num_channels=num_channels)
 
 
-class StereoDataset(Dataset):
+class StereoDataset(KeyedDataset):
     """Pairs and their disparities for `PreTrainer`, asked for as (epoch, index).
 
     A pair that cannot be read is replaced by the next one, and its name travels with the batch.

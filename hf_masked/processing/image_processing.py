@@ -8,6 +8,7 @@ the picture, no augmentation.
 
 import os
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -43,6 +44,8 @@ class PretrainingImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' own declaration)
+    # Name, in the batches of data sets, of what `prepare` makes.
+    raw_name: ClassVar[str] = "pixels"
 
     def __init__(
         self,

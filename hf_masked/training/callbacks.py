@@ -7,10 +7,9 @@ import torch
 from transformers import TrainerCallback
 
 from hf_masked.evaluation.diagnostics import effective_rank, feature_spread
-from hf_masked.evaluation.features import extract_features
 from hf_masked.evaluation.knn import weighted_knn
 from hf_masked.evaluation.linear_probe import linear_probe
-from hf_masked.training.visualization import picture_grid
+from hf_masked.training.modalities import Modality
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +91,16 @@ class OnlineProbeCallback(EpochIntervalCallback):
 
     Args:
         trainer: to log with and to share the work over processes with.
-        train: uint8 pictures (n, channels, height, width) and int64 labels (n,), processed by `prepare`.
+        modality: makes the features.
+        train: samples and their classes, of `modality.labelled`.
         test: likewise.
         linear: also train a linear probe.
     """
 
-    def __init__(self, trainer, train, test, every_epochs: float = 1.0, linear: bool = False):
+    def __init__(self, trainer, modality: Modality, train, test, every_epochs: float = 1.0, linear: bool = False):
         super().__init__(every_epochs)
         self.trainer = trainer
+        self.modality = modality
         self.train = train
         self.test = test
         self.linear = linear
@@ -126,15 +127,13 @@ class OnlineProbeCallback(EpochIntervalCallback):
         self.trainer.log({name: round(float(value), 4) for name, value in figures.items()})
         self.trainer.throughput.reset()
 
-    def _features(self, model, images, labels):
+    def _features(self, model, samples, labels):
         """Features and labels of one split, each process having encoded its share."""
         accelerator, processor = self.trainer.accelerator, self.trainer.processing_class
-        # Equal shares, so that they can be gathered; at most a handful of pictures is left out.
-        usable = len(images) - len(images) % accelerator.num_processes
-        mine = images[accelerator.process_index : usable : accelerator.num_processes]
-        features = extract_features(
-            model, mine, mean=processor.image_mean, std=processor.image_std, device=accelerator.device
-        )
+        # Equal shares, so that they can be gathered; at most a handful of samples is left out.
+        usable = len(labels) - len(labels) % accelerator.num_processes
+        mine = samples[accelerator.process_index : usable : accelerator.num_processes]
+        features = self.modality.features(model, processor, mine, accelerator.device)
         gathered = accelerator.gather(features.to(accelerator.device)).cpu()
         order = torch.arange(usable).view(-1, accelerator.num_processes).T.flatten()
         return gathered, labels[order]
@@ -145,24 +144,25 @@ class PictureCallback(EpochIntervalCallback):
 
     Args:
         trainer: whose processor and output folder are used.
-        images: uint8 (n, channels, height, width), processed by `prepare`.
+        modality: draws.
+        samples: of `modality.shown`.
     """
 
-    def __init__(self, trainer, images: torch.Tensor, every_epochs: float = 5.0):
+    def __init__(self, trainer, modality: Modality, samples: torch.Tensor, every_epochs: float = 5.0):
         super().__init__(every_epochs)
         self.trainer = trainer
-        self.images = images
+        self.modality = modality
+        self.samples = samples
 
     def act(self, state, model) -> None:
         # Every process of a sharded model takes part in its forward pass; one writes.
         was_training = model.training
         model.eval()
-        processor = self.trainer.processing_class
-        panels = model.pictures(processor.picture_inputs(self.images.to(self.trainer.args.device)))
+        samples = self.samples.to(self.trainer.args.device)
+        picture = self.modality.picture(model, self.trainer.processing_class, samples)
         model.train(was_training)
         if not self.trainer.is_world_process_zero():
             return
-        picture = picture_grid({name: processor.denormalize(panel).cpu() for name, panel in panels.items()})
         path = Path(self.trainer.args.output_dir) / "pictures" / f"step-{state.global_step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)

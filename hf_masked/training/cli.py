@@ -11,15 +11,6 @@ from transformers import AutoImageProcessor, PreTrainedModel, TrainerState, set_
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_masked
-from hf_masked.data import (
-    ImageDataset,
-    ResidentImageDataset,
-    StreamingImageDataset,
-    labelled_tensors,
-    load_images,
-)
-from hf_masked.data.sets import make_sets
-from hf_masked.data.stereo import StereoDataset, load_stereo
 from hf_masked.modeling.registry import Variant, get_variant
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import OnlineProbeCallback, PictureCallback
@@ -28,6 +19,7 @@ from hf_masked.training.checkpoints import load_weights
 from hf_masked.training.faults import NonFiniteError
 from hf_masked.training.hub import HubError
 from hf_masked.training.launch import LaunchError, check_launch, follow_launcher, use_all_cores
+from hf_masked.training.modalities import Modality, modality_of
 from hf_masked.training.recipes import DataArguments, MethodArguments, RecipeError, parse
 from hf_masked.training.saving import SavingError, checkpoints_in
 from hf_masked.training.trainer import PreTrainer
@@ -69,19 +61,20 @@ def train(method: MethodArguments, data: DataArguments, args: PreTrainingArgumen
     follow_launcher()
     set_seed(args.seed)
     variant = get_variant(method.method)
-    if variant.config.modality != "image":
+    if variant.kind != "model":
         raise RecipeError(
-            f"{variant.name} learns from {variant.config.modality}, and train.py from pictures: train it with "
-            f"transformers' Trainer, as model_cards/{variant.name}.md shows."
+            f"{variant.name} is a {variant.kind}, which train.py does not train: model_cards/{variant.name}.md shows "
+            "how to use it."
         )
+    modality = modality_of(variant.config)
     model = make_model(variant, method)
     processor = make_processor(variant, model, method)
-    source = open_source(data, data.train_split, data.streaming, model.config, processor)
+    source = modality.open(data, data.train_split, model.config, processor)
     trainer = PreTrainer(
         model=model,
         args=args,
         processing_class=processor,
-        train_dataset=make_dataset(source, processor, args, data.streaming, variant.config.sample, data.frame_gap),
+        train_dataset=modality.training_set(source, processor, args, data, model.config),
         facts=describe_source(method, data, args, source.name),
     )
     check_launch(trainer.accelerator)
@@ -93,7 +86,7 @@ def train(method: MethodArguments, data: DataArguments, args: PreTrainingArgumen
             finish(trainer)
         return trainer
     if not data.streaming:
-        add_observers(trainer, source, data)
+        add_observers(trainer, modality, source, data)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     finish(trainer)
     return trainer
@@ -109,7 +102,7 @@ def make_model(variant: Variant, method: MethodArguments) -> PreTrainedModel:
 def make_processor(variant: Variant, model: PreTrainedModel, method: MethodArguments):
     """The variant's processor, fitted to the config and to a pretrained encoder's normalisation, then the recipe's."""
     settings = model.config.processor_settings()
-    if method.from_backbone:
+    if method.from_backbone and variant.config.modality == "image":
         settings |= _normalization_of(method.from_backbone)
     processor = getattr(hf_masked, variant.config.processor)(**(settings | method.processor))
     if model.teachers():  # which undo this normalisation, to make their own
@@ -126,80 +119,29 @@ def _normalization_of(checkpoint: str) -> dict:
     return {"image_mean": list(stock.image_mean), "image_std": list(stock.image_std)}
 
 
-def open_source(data: DataArguments, split: str, streaming: bool = False, config=None, processor=None):
-    """One split of the run's data set, of stereo pairs where the model's config says so."""
-    if getattr(config, "sample", None) == "stereo":
-        size = (processor.size["height"], processor.size["width"])
-        return load_stereo(data.dataset_name, split, size, config.max_disparity, config.num_channels)
-    return load_images(
-        data.dataset_name,
-        split,
-        config_name=data.dataset_config_name,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        streaming=streaming,
-        cache_dir=data.data_cache_dir,
-    )
-
-
-def make_dataset(
-    source,
-    processor,
-    args: PreTrainingArguments,
-    streaming: bool,
-    sample: str = "picture",
-    frame_gap: list[int] | None = None,
-):
-    """The training set: resident on the device where that is asked for or natural, else read by workers.
-
-    Args:
-        sample: what the method learns from, see `VariantConfig.sample`.
-        frame_gap: see `make_sets`.
-
-    Raises:
-        ValueError: where the source cannot give such samples.
-    """
-    if streaming and sample != "picture":
-        raise ValueError(
-            f"This method learns from samples of several pictures ({sample}), which cannot be streamed: leave out "
-            "--streaming."
-        )
-    if streaming:
-        return StreamingImageDataset(source, processor, args.seed, rank=args.process_index, world_size=args.world_size)
-    if sample == "stereo":
-        return StereoDataset(source, processor, args.seed)
-    settings = {"max_bad_share": args.max_bad_share, "sets": make_sets(sample, source, frame_gap)}
-    resident = source.as_tensor() is not None if args.resident_data is None else args.resident_data
-    if resident:
-        return ResidentImageDataset(source, processor, args.seed, device=args.device, **settings)
-    return ImageDataset(source, processor, args.seed, **settings)
-
-
-def add_observers(trainer: PreTrainer, source, data: DataArguments) -> None:
+def add_observers(trainer: PreTrainer, modality: Modality, source, data: DataArguments) -> None:
     """Adds the online probe, where there are labels, and the pictures."""
     args, processor, config = trainer.args, trainer.processing_class, trainer.model.config
     try:
-        test_source = open_source(data, data.test_split, config=config, processor=processor)
+        test_source = modality.open(data, data.test_split, config, processor)
     except ValueError as error:
         logger.warning("No online probe: %s", error)
         test_source = None
     if args.picture_every_epochs:
-        shown_source = test_source or source
-        if config.sample == "stereo":
-            shown = StereoDataset(shown_source, processor, training=False)
-        else:
-            sets = make_sets(config.sample, shown_source, data.frame_gap)
-            shown = ImageDataset(shown_source, processor, training=False, sets=sets)
-        images = shown.__getitems__([(0, index) for index in range(min(PICTURES, len(shown)))])["pixels"]
-        trainer.add_callback(PictureCallback(trainer, images, args.picture_every_epochs))
-    if config.sample == "stereo":
-        return  # the encoder gives maps, and the pairs have no classes
-    if args.probe_every_epochs and test_source is not None and source.labels() is not None:
+        samples = modality.shown(test_source or source, processor, data, config, PICTURES)
+        if samples is not None:
+            trainer.add_callback(PictureCallback(trainer, modality, samples, args.picture_every_epochs))
+    if args.probe_every_epochs and test_source is not None:
+        chosen = {"limit": args.probe_samples, "seed": args.seed}
+        train = modality.labelled(source, processor, config, **chosen)
+        if train is None:
+            return
         trainer.add_callback(
             OnlineProbeCallback(
                 trainer,
-                train=labelled_tensors(source, processor, limit=args.probe_samples, seed=args.seed),
-                test=labelled_tensors(test_source, processor, limit=args.probe_samples, seed=args.seed),
+                modality,
+                train=train,
+                test=modality.labelled(test_source, processor, config, **chosen),
                 every_epochs=args.probe_every_epochs,
                 linear=args.probe_linear,
             )

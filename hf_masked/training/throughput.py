@@ -20,12 +20,14 @@ class ThroughputMeter:
         device: where the model trains.
         dtype: of its matrix products (autocast's, where it is on).
         processes: that train together; `samples` counts those of all.
+        unit: what a sample is called in the log.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, processes: int = 1):
+    def __init__(self, device: torch.device, dtype: torch.dtype, processes: int = 1, unit: str = "images"):
         self.device = device
         self.dtype = dtype
         self.processes = processes
+        self.unit = unit
         self.flops_per_sample = 0.0
         self.peak_rate = 0.0
         self.reset()
@@ -37,16 +39,16 @@ class ThroughputMeter:
 
     def calibrate(self, model: torch.nn.Module, inputs: dict) -> None:
         """Counts the model's operations per sample and measures the device's matrix rate, once per run."""
-        batch = next(iter(inputs.values())).shape[0]
+        batch = len(inputs[model.main_input_name])
         self.flops_per_sample = TRAINING_TO_FORWARD * forward_flops(model, inputs) / batch
         self.peak_rate = matmul_rate(self.device, self.dtype)
         self.reset()
 
     def report(self) -> dict[str, float]:
-        """Figures since the last call: images/s, the shares in percent."""
+        """Figures since the last call: samples per second, the shares in percent."""
         seconds = time.perf_counter() - self.started
         figures = {
-            "images/s": round(self.samples / seconds, 1),
+            f"{self.unit}/s": round(self.samples / seconds, 1),
             "data_wait_%": round(100 * self.waited / seconds, 1),
         }
         if self.peak_rate:

@@ -20,12 +20,10 @@ from transformers import Trainer
 
 from hf_masked.data import (
     BadImageLog,
-    ImageDataset,
+    KeyedDataset,
     KeyedSampler,
-    ResidentImageDataset,
-    StereoDataset,
     StreamingImageDataset,
-    collate_images,
+    collate_samples,
 )
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import EpochCallback, TrainingProgressCallback
@@ -49,12 +47,12 @@ logger = logging.getLogger(__name__)
 
 
 class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, ResumableStreamsMixin, Trainer):
-    """Trains a `...ForPreTraining` model on raw pictures.
+    """Trains a `...ForPreTraining` model on raw samples.
 
     Args:
         model: of the catalogue, or any model whose `forward` returns a loss.
         args: `PreTrainingArguments`.
-        processing_class: the image processor, whose `finish_training` makes the model's inputs on the device.
+        processing_class: the processor, whose `finish_training` makes the model's inputs on the device.
         train_dataset: of `hf_masked.data`; other data sets work as in the plain Trainer.
         facts: what the card should say of the run beyond what the trainer knows, see `hub.HubMixin`.
 
@@ -81,7 +79,12 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
             plugin.mixed_precision_policy = replace(
                 plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
             )
-        self.throughput = ThroughputMeter(self.args.device, dtype, self.args.world_size)
+        self.throughput = ThroughputMeter(
+            self.args.device,
+            dtype,
+            self.args.world_size,
+            unit="images" if self.model.main_input_name == "pixel_values" else "samples",
+        )
         self.bad_images = BadImageLog(self.args.max_bad_share)
         self._stepped = False
         self._start_means()
@@ -134,7 +137,7 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
         dataset, args = self.train_dataset, self.args
         settings = {
             "batch_size": self._train_batch_size,
-            "collate_fn": collate_images,
+            "collate_fn": collate_samples,
             "drop_last": args.dataloader_drop_last,
             "num_workers": args.dataloader_num_workers,
             "pin_memory": args.dataloader_pin_memory,
@@ -146,14 +149,14 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
             # It splits itself over the processes, so Accelerate must not. With a generator of its own the loader takes
             # nothing from the global one, so that a resumed run draws what an uninterrupted one draws.
             return Passes(DataLoader(dataset, generator=torch.Generator(), **settings))
-        if not isinstance(dataset, ImageDataset | ResidentImageDataset | StereoDataset):
+        if not isinstance(dataset, KeyedDataset):
             return super().get_train_dataloader()
-        if isinstance(dataset, ResidentImageDataset):
+        if dataset.resident:
             settings |= dict.fromkeys(("pin_memory", "persistent_workers"), False)
             settings |= {"num_workers": 0, "prefetch_factor": None}
         if args.dataloader_drop_last and len(dataset) < self._train_batch_size * args.world_size:
             raise ValueError(
-                f"The data set has {len(dataset)} pictures, fewer than one batch of "
+                f"The data set has {len(dataset)} samples, fewer than one batch of "
                 f"{self._train_batch_size * args.world_size} over all processes: lower per_device_train_batch_size."
             )
         sampler = KeyedSampler(len(dataset), args.seed)
@@ -205,12 +208,13 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
     def _prepare_inputs(self, inputs):
         """Raw batches of our data sets become the model's inputs; others pass as they are."""
         inputs = super()._prepare_inputs(inputs)
-        if "pixels" not in inputs:
+        raw_name = getattr(self.processing_class, "raw_name", None)
+        if raw_name not in inputs:
             return inputs
         self.bad_images.add(inputs)
         self.guard.note(inputs["epoch"], inputs["indices"])
         finished = self.processing_class.finish_training(
-            inputs["pixels"], inputs["indices"], self.args.seed, inputs["epoch"]
+            inputs[raw_name], inputs["indices"], self.args.seed, inputs["epoch"]
         )
         if "labels" in inputs and getattr(self.model, "uses_classes", False):
             finished["classes"] = inputs["labels"]

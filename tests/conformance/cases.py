@@ -1,14 +1,14 @@
 """What the conformance tests need of a variant, made from the catalogue alone."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
+from transformers import AutoImageProcessor
 
 import hf_masked
-from hf_masked.data import ResidentImageDataset, StereoDataset, SyntheticStereo
-from hf_masked.data.sets import make_sets
-from hf_masked.data.sources import ArraySource
+from hf_masked.data import KeyedDataset
 from hf_masked.modeling.base import VariantConfig
 from hf_masked.modeling.registry import CATALOGUE, Variant
 
@@ -30,44 +30,32 @@ def processor_of(variant: Variant, config):
     return getattr(hf_masked, config.processor)(**config.processor_settings())
 
 
-def pictures(processor, count: int, seed: int = 0) -> torch.Tensor:
-    """Random uint8 pictures of the processor's size."""
-    generator = torch.Generator().manual_seed(seed)
-    size = (count, processor.num_channels, processor.size["height"], processor.size["width"])
-    return torch.randint(256, size, dtype=torch.uint8, generator=generator)
+def saved_processor(variant: Variant, folder):
+    """The processor that was saved in a folder or repository, as users get it."""
+    if variant.config.modality == "image":
+        return AutoImageProcessor.from_pretrained(folder)
+    return getattr(hf_masked, variant.config.processor).from_pretrained(folder)
 
 
-def training_data(variant: Variant, processor, count: int, seed: int = 0) -> ResidentImageDataset | StereoDataset:
-    """A data set of so many random pictures of four classes, in the samples that the variant learns from."""
-    if variant.config.sample == "stereo":
-        return StereoDataset(stereo_pairs(variant, processor, count, seed), processor, seed)
-    # Rows of as many pictures as the method takes, clips of more frames than it takes.
-    per_row = {"row": getattr(processor, "num_views", 1), "frames": 4}.get(variant.config.sample, 1)
-    labels = torch.arange(per_row * count) % 4
-    images = pictures(processor, per_row * count, seed)
-    source = ArraySource("random pictures", images.numpy(), labels.numpy(), pictures_per_row=per_row)
-    return ResidentImageDataset(source, processor, seed, sets=make_sets(variant.config.sample, source))
+def skip_unless_pictures(variant: Variant) -> None:
+    """Skips a check of what only pictures have."""
+    if variant.config.modality != "image":
+        pytest.skip(f"{variant.name} learns from {variant.config.modality}, and the check is of pictures.")
 
 
-def stereo_pairs(variant: Variant, processor, count: int, seed: int = 0) -> SyntheticStereo:
-    size = (processor.size["height"], processor.size["width"])
-    largest = variant.tiny_config().max_disparity
-    return SyntheticStereo(count, size, largest, seed=seed, num_channels=processor.num_channels)
+def examples_of(variant: Variant):
+    """The file in `examples/` of the variant's modality: makes data that the suite trains on."""
+    return import_module(f"tests.conformance.examples.{variant.config.modality}")
+
+
+def training_data(variant: Variant, processor, count: int, seed: int = 0) -> KeyedDataset:
+    """A data set of so many random samples, as the variant learns from."""
+    return examples_of(variant).training_data(variant, processor, count, seed)
 
 
 def users_samples(variant: Variant, processor, count: int) -> dict:
-    """What a user hands the processor: pictures; pairs of frames; for stereo matching pairs and their disparities."""
-    if variant.config.sample == "frames":  # whose processor makes nothing of one picture
-        pairs = pictures(processor, 2 * count).unflatten(0, (count, 2))
-        return {"images": [list(pair.numpy()) for pair in pairs]}
-    if variant.config.sample != "stereo":
-        return {"images": [picture.numpy() for picture in pictures(processor, count)]}
-    pairs = stereo_pairs(variant, processor, count)
-    samples = [pairs.sample(index) for index in range(count)]
-    return {
-        "images": [[sample.left, sample.right] for sample in samples],
-        "disparities": [sample.disparity for sample in samples],
-    }
+    """What a user hands the processor."""
+    return examples_of(variant).users_samples(variant, processor, count)
 
 
 def training_inputs(variant: Variant, config, batch: int = 4, seed: int = 0) -> dict:
@@ -75,7 +63,7 @@ def training_inputs(variant: Variant, config, batch: int = 4, seed: int = 0) -> 
     processor = processor_of(variant, config)
     data = training_data(variant, processor, max(batch, 8), seed)
     drawn = data.__getitems__([(0, index) for index in range(batch)])
-    inputs = processor.finish_training(drawn["pixels"], drawn["indices"], seed, 0)
+    inputs = processor.finish_training(drawn[processor.raw_name], drawn["indices"], seed, 0)
     if variant.pretraining.uses_classes:
         inputs |= {"classes": drawn["labels"]}
     return inputs | ({"labels": drawn["targets"]} if "targets" in drawn else {})

@@ -6,6 +6,7 @@ import pytest
 
 import hf_masked
 from hf_masked.modeling.registry import CATALOGUE
+from hf_masked.training.modalities import Modality, modality_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +29,10 @@ def test_facts_of_the_paper_stand_on_the_config(variant):
     assert config.arxiv_id is None or len(config.arxiv_id.split(".")) == 2
     assert config.masks and config.predicts and config.backbones
     assert config.arxiv_id in (variant.config.__module__ and __import__(config.__module__, fromlist=["_"]).__doc__)
+
+
+def test_modality_is_one_that_the_training_program_knows(variant):
+    assert isinstance(modality_of(variant.config), Modality)
 
 
 def test_classes_are_public_and_documented(variant):

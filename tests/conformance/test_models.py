@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from tests.conformance.cases import (
     gradients,
     processor_of,
+    saved_processor,
     skip_if_declined,
+    skip_unless_pictures,
     tiny_model,
     tiny_teacher,
     training_inputs,
@@ -53,7 +55,7 @@ def test_auto_classes_resolve(variant, tmp_path):
     assert type(AutoModelForPreTraining.from_pretrained(tmp_path)) is variant.pretraining
     for auto_class, head in variant.heads.items():
         assert type(auto_class.from_pretrained(tmp_path)) is head
-    found = AutoImageProcessor.from_pretrained(tmp_path)
+    found = saved_processor(variant, tmp_path)
     assert type(found) is type(processor) and found.to_dict() == processor.to_dict()
 
 
@@ -177,6 +179,7 @@ def test_compiles_to_one_graph_without_recompiling(variant, given_masks):
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_rectangles_channels_and_single_samples(variant, channels):
+    skip_unless_pictures(variant)
     skip_if_declined(variant, "rectangles")
     size = variant.tiny_config().image_size
     size = size if isinstance(size, int) else size[0]
@@ -200,6 +203,7 @@ def test_encoder_starts_from_a_stock_checkpoint(variant, tmp_path):
 
 
 def test_wrong_inputs_are_named(variant):
+    skip_unless_pictures(variant)
     model = tiny_model(variant)
     inputs = variant.inputs(model.config, 2)
     channels = inputs["pixel_values"].shape[-3]

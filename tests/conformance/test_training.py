@@ -16,6 +16,7 @@ from hf_masked.training.export import export_encoder
 from hf_masked.training.trainer import PreTrainer
 from tests.conformance.cases import (
     MODELS,
+    examples_of,
     gradients,
     processor_of,
     skip_if_declined,
@@ -162,20 +163,25 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 found = {}
 for name, folder in json.load(open(sys.argv[1])).items():
     encoder = AutoModel.from_pretrained(folder)
-    processor = AutoImageProcessor.from_pretrained(folder)
-    torch.manual_seed(0)
-    size = json.load(open(folder + "/inputs.json"))
-    pixel_values = torch.randn(2, *size)
+    inputs = torch.load(folder + "/inputs.pt")
     with torch.no_grad():
-        features = encoder.eval()(pixel_values).last_hidden_state
+        found[name] = encoder.eval()(**inputs).last_hidden_state
+    if set(inputs) != {"pixel_values"}:
+        continue
+    processor = AutoImageProcessor.from_pretrained(folder)
     classifier = AutoModelForImageClassification.from_pretrained(folder, num_labels=3)
-    samples = [{"pixel_values": picture, "labels": i} for i, picture in enumerate(pixel_values)]
+    samples = [{"pixel_values": picture, "labels": i} for i, picture in enumerate(inputs["pixel_values"])]
     args = TrainingArguments(output_dir=folder + "/out", use_cpu=True, max_steps=1, report_to="none",
                              save_strategy="no", disable_tqdm=True)
     Trainer(model=classifier, args=args, train_dataset=samples).train()
-    found[name] = features
 torch.save(found, sys.argv[2])
 """
+
+
+def encoder_inputs(variant, processor) -> dict[str, torch.Tensor]:
+    """Inputs of the plain encoder."""
+    torch.manual_seed(0)
+    return examples_of(variant).encoder_inputs(processor)
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +195,7 @@ def plain_features(tmp_path_factory):
         model = tiny_model(variant)
         processor = processor_of(variant, model.config)
         export_encoder(model, processor, folder / variant.name)
-        size = [processor.num_channels, processor.size["height"], processor.size["width"]]
-        (folder / variant.name / "inputs.json").write_text(json.dumps(size))
+        torch.save(encoder_inputs(variant, processor), folder / variant.name / "inputs.pt")
         folders[variant.name] = str(folder / variant.name)
     (folder / "folders.json").write_text(json.dumps(folders))
     (folder / "plain.py").write_text(PLAIN)
@@ -204,8 +209,6 @@ def test_exported_encoder_works_without_hf_masked(variant, plain_features):
     skip_if_declined(variant, "export")
     model = tiny_model(variant).eval()
     processor = processor_of(variant, model.config)
-    torch.manual_seed(0)
-    pixel_values = torch.randn(2, processor.num_channels, processor.size["height"], processor.size["width"])
     with torch.no_grad():
-        expected = model.backbone(pixel_values).last_hidden_state
+        expected = model.backbone(**encoder_inputs(variant, processor)).last_hidden_state
     torch.testing.assert_close(plain_features[variant.name], expected, rtol=1e-5, atol=1e-5)

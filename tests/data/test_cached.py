@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_masked.cli import main
-from hf_masked.data import ImageDataset, KeyedSampler, collate_images, labelled_tensors, load_images
+from hf_masked.data import ImageDataset, KeyedSampler, collate_samples, labelled_tensors, load_images
 from hf_masked.data.cached import CachedSource, write_cache
 from hf_masked.data.sources import ArraySource, ImageSource
 from hf_masked.processing.image_processing import MaskedImageProcessor
@@ -75,7 +75,7 @@ def test_crops_come_from_the_cache_as_from_the_pictures(tmp_path):
 
     def batches(dataset, num_workers):
         sampler = KeyedSampler(len(dataset))
-        return list(DataLoader(dataset, 4, sampler=sampler, num_workers=num_workers, collate_fn=collate_images))
+        return list(DataLoader(dataset, 4, sampler=sampler, num_workers=num_workers, collate_fn=collate_samples))
 
     for first, second, third in zip(
         batches(ImageDataset(source, processor), 0), batches(cached, 0), batches(cached, 2), strict=True

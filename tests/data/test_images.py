@@ -26,7 +26,7 @@ from hf_masked.data import (
     ResidentImageDataset,
     StreamingImageDataset,
     StreamPosition,
-    collate_images,
+    collate_samples,
     labelled_tensors,
     load_images,
 )
@@ -101,7 +101,7 @@ def png_of_size(width, height):
 def loader(dataset, seed=0, batch_size=8, num_workers=0, **options):
     sampler = KeyedSampler(len(dataset), seed)
     return DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate_images, **options
+        dataset, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate_samples, **options
     )
 
 
@@ -257,13 +257,13 @@ def test_one_damaged_stretch_does_not_end_the_run(processor):
     log = BadImageLog(num_pictures=len(source))
     for start in range(0, 10_000, 100):
         keys = [(0, (start + 37 * index) % 10_000) for index in range(100)]
-        log.add({"pixels": torch.zeros(100), "bad": dataset.__getitems__(keys)["bad"]})
+        log.add({"indices": torch.zeros(100), "bad": dataset.__getitems__(keys)["bad"]})
     assert 0 < log.bad_seen < 1000
 
 
 def test_the_log_waits_until_it_has_seen_enough(caplog):
     log = BadImageLog(max_bad_share=0.1, num_pictures=50)
-    batch = {"pixels": torch.zeros(10), "bad": ["a: cut", "b: cut"]}
+    batch = {"indices": torch.zeros(10), "bad": ["a: cut", "b: cut"]}
     with caplog.at_level(logging.WARNING, "hf_masked"):
         for _ in range(4):
             log.add(batch)
@@ -363,7 +363,7 @@ def write_parquet(folder, files=1, rows=30, bad=()):
 def streamed(source, processor, num_workers=0, epoch=0, **options):
     dataset = StreamingImageDataset(source, processor, buffer_size=8, **options)
     dataset.set_epoch(epoch)
-    return list(DataLoader(dataset, 4, num_workers=num_workers, collate_fn=collate_images))
+    return list(DataLoader(dataset, 4, num_workers=num_workers, collate_fn=collate_samples))
 
 
 def values_of(batches):
@@ -401,7 +401,7 @@ def test_a_stream_is_a_function_of_seed_and_epoch(tmp_path, processor):
 
 def test_persistent_workers_see_a_new_epoch(tmp_path, processor):
     dataset = StreamingImageDataset(load_images(write_parquet(tmp_path), streaming=True), processor)
-    data = DataLoader(dataset, 4, num_workers=1, persistent_workers=True, collate_fn=collate_images)
+    data = DataLoader(dataset, 4, num_workers=1, persistent_workers=True, collate_fn=collate_samples)
     for epoch in (0, 1):
         dataset.set_epoch(epoch)
         assert {int(batch["epoch"]) for batch in data} == {epoch}
@@ -449,7 +449,7 @@ def test_a_stream_goes_on_with_the_next_sample_without_decoding(
         dataset.position = position
         dataset.set_epoch(1)
         batches = []
-        for batch in islice(DataLoader(dataset, 4, num_workers=num_workers, collate_fn=collate_images), count):
+        for batch in islice(DataLoader(dataset, 4, num_workers=num_workers, collate_fn=collate_samples), count):
             dataset.note(batch, num_workers)
             batches.append(batch)
         return batches, dataset.position

@@ -1,5 +1,7 @@
 """Samples of several pictures: which belong together, and how data sets hand them out."""
 
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hf_masked.data.sets import SAMPLES, ClassPairs, FramePairs, Rows, Triplets,
 from hf_masked.data.sources import ArraySource, FolderSource, TableSource
 from hf_masked.modeling.registry import CATALOGUE
 from hf_masked.processing.multi_view import MultiViewImageProcessor
-from hf_masked.training.cli import make_dataset
+from hf_masked.training.modalities.image import MODALITY
 
 LABELS = np.array([0] * 50 + [1] * 10 + [2] * 3 + [3] + [-1] * 4)
 
@@ -151,7 +153,9 @@ def test_every_method_says_what_it_learns_from():
 def test_pairs_are_neither_streamed_nor_cached(tmp_path):
     source = pairs(tmp_path)
     with pytest.raises(ValueError, match="leave out --streaming"):
-        make_dataset(source, processor(2), None, streaming=True, sample="row")
+        MODALITY.training_set(
+            source, processor(2), args=None, data=SimpleNamespace(streaming=True), config=SimpleNamespace(sample="row")
+        )
     with pytest.raises(ValueError, match="2 pictures in a row"):
         write_cache({"train": source}, tmp_path / "small")
 

@@ -11,6 +11,7 @@ from transformers import TrainerState
 from hf_masked import MAEForPreTraining, MaskedImageProcessor
 from hf_masked.modeling.masked_image.mae import tiny_config
 from hf_masked.training.callbacks import EpochIntervalCallback, OnlineProbeCallback, PictureCallback
+from hf_masked.training.modalities.image import MODALITY
 from hf_masked.training.visualization import embedding_plot, loss_curve, picture_grid
 
 
@@ -63,7 +64,7 @@ def labelled(count: int, seed: int):
 def test_online_probe_logs_and_leaves_the_model_as_it_was(tmp_path):
     config, trainer = trainer_stub(tmp_path)
     model = MAEForPreTraining(config).train()
-    callback = OnlineProbeCallback(trainer, labelled(40, 0), labelled(20, 1), linear=True)
+    callback = OnlineProbeCallback(trainer, MODALITY, labelled(40, 0), labelled(20, 1), linear=True)
     callback.act(TrainerState(), model)
     assert trainer.logged["knn_accuracy"] == 1.0 and trainer.logged["linear_accuracy"] > 0.8
     assert {"effective_rank", "feature_spread"} <= trainer.logged.keys()
@@ -76,7 +77,7 @@ def test_collapse_is_called_out(tmp_path, caplog):
     with torch.no_grad():
         model.backbone.layernorm.weight.zero_()
         model.backbone.layernorm.bias.fill_(1.0)
-    OnlineProbeCallback(trainer, labelled(40, 0), labelled(20, 1)).act(TrainerState(), model)
+    OnlineProbeCallback(trainer, MODALITY, labelled(40, 0), labelled(20, 1)).act(TrainerState(), model)
     assert "collapsed" in caplog.text and trainer.logged["feature_spread"] < 0.01
 
 
@@ -85,7 +86,7 @@ def test_pictures_go_to_disk_and_to_the_tracker(tmp_path):
     written = []
     writer = SimpleNamespace(add_image=lambda name, array, step, dataformats: written.append((array.ndim, step)))
     trainer.callback_handler.callbacks.append(SimpleNamespace(tb_writer=writer))
-    PictureCallback(trainer, labelled(3, 0)[0]).act(TrainerState(global_step=7), MAEForPreTraining(config))
+    PictureCallback(trainer, MODALITY, labelled(3, 0)[0]).act(TrainerState(global_step=7), MAEForPreTraining(config))
     picture = Image.open(tmp_path / "pictures" / "step-000007.png")
     assert picture.width > 200 and written == [(3, 7)]
 

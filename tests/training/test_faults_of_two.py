@@ -21,7 +21,8 @@ from hf_masked.data.sources import ArraySource
 from hf_masked.modeling.registry import get_variant
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.trainer import PreTrainer
-from tests.conformance.cases import pictures, processor_of, tiny_model
+from tests.conformance.cases import processor_of, tiny_model
+from tests.conformance.examples.image import pictures
 
 variant = get_variant("mae")
 inner = PreTrainer._prepare_inputs

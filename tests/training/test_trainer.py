@@ -12,6 +12,7 @@ from hf_masked.data.sources import ArraySource
 from hf_masked.modeling.siamese.simsiam import tiny_config
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import OnlineProbeCallback, PictureCallback
+from hf_masked.training.modalities.image import MODALITY
 from hf_masked.training.optimization import LARS
 from hf_masked.training.trainer import PreTrainer
 
@@ -85,8 +86,8 @@ def test_probe_and_pictures_of_a_convolutional_siamese_model(tmp_path):
     trainer = simsiam_trainer(tmp_path)
     images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(40) % 2
-    trainer.add_callback(OnlineProbeCallback(trainer, (images, labels), (images, labels), linear=True))
-    trainer.add_callback(PictureCallback(trainer, images[:2]))
+    trainer.add_callback(OnlineProbeCallback(trainer, MODALITY, (images, labels), (images, labels), linear=True))
+    trainer.add_callback(PictureCallback(trainer, MODALITY, images[:2]))
     trainer.train()
     figures = {key: value for line in trainer.state.log_history for key, value in line.items()}
     assert 1 <= figures["effective_rank"] <= 16 and figures["feature_spread"] > 0
@@ -103,7 +104,7 @@ def test_a_collapsed_encoder_sets_off_the_alarm(tmp_path, caplog):
             norm.bias.fill_(1.0)
     images, labels = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8), torch.arange(40) % 2
     with caplog.at_level(logging.WARNING):
-        OnlineProbeCallback(trainer, (images, labels), (images, labels)).act(trainer.state, trainer.model)
+        OnlineProbeCallback(trainer, MODALITY, (images, labels), (images, labels)).act(trainer.state, trainer.model)
     assert "collapsed" in caplog.text
 
 
