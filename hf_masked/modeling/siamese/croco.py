@@ -18,7 +18,6 @@ from transformers import AutoModelForDepthEstimation, DPTConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, DepthEstimatorOutput
-from transformers.models.dpt.modeling_dpt import DPTFeatureFusionStage, DPTReassembleLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
 from hf_masked.modeling.masked_patches import MaskedPatchesConfig, MaskedPatchesModel
@@ -246,6 +245,9 @@ class CroCoDenseHead(nn.Module):
     """
 
     def __init__(self, config: CroCoConfig, token_sizes: list[int], num_outputs: int):
+        # Here, for pretraining has no use for what takes a good part of the package's time to import.
+        from transformers.models.dpt.modeling_dpt import DPTFeatureFusionStage, DPTReassembleLayer
+
         super().__init__()
         hidden, last = config.head_hidden_size, config.head_output_size
         sizes = list(config.head_layer_sizes)
