@@ -130,8 +130,8 @@ class CropPairImageProcessor(MultiViewImageProcessor, MaskedImageProcessor):
         """Raises a ValueError for single pictures where frames are needed, and the other way round."""
         if are_sets and self.strategy not in OF_TWO:
             raise ValueError(
-                f"Samples are several pictures, and strategy={self.strategy!r} crops both views out of one: set one of "
-                f"{', '.join(OF_TWO)}."
+                f"Samples are several pictures, and strategy={self.strategy!r} crops both views out of one: set "
+                f"strategy to one of {', '.join(OF_TWO)}."
             )
         if not are_sets and self.strategy == "frames" and keys is not None:
             raise ValueError(

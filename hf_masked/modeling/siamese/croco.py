@@ -105,8 +105,6 @@ class CroCoConfig(MaskedPatchesConfig):
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
             self.backbone_config = CroCoEncoderConfig()
-        if self.dense_loss is None:
-            self.dense_loss = f"laplacian_{self.binocular_task}"
         super().__post_init__(**kwargs)
 
     def check(self) -> None:
@@ -114,12 +112,17 @@ class CroCoConfig(MaskedPatchesConfig):
         self.backbone_config.check_heads("decoder_", self.decoder_hidden_size, self.decoder_num_attention_heads)
         if self.binocular_task not in TASKS:
             raise ValueError(f"binocular_task is {self.binocular_task!r}; it must be one of {', '.join(TASKS)}.")
-        if self.dense_loss not in LOSSES:
+        if self.binocular_loss not in LOSSES:
             raise ValueError(f"dense_loss is {self.dense_loss!r}; it must be one of {', '.join(LOSSES)}.")
         sizes = {"head_layer_sizes": self.head_layer_sizes, "head_layers": self.head_layers}
         for name, values in sizes.items():
             if values is not None and len(values) != len(REASSEMBLE_FACTORS):
                 raise ValueError(f"{name} has {len(values)} values; a dense head reads {len(REASSEMBLE_FACTORS)}.")
+
+    @property
+    def binocular_loss(self) -> str:
+        """`dense_loss`, or the task's own."""
+        return self.dense_loss or f"laplacian_{self.binocular_task}"
 
     def processor_settings(self) -> dict:
         # `crop224+acolor` of the reference's `datasets/transforms.py`, from pictures of 256 pixels: crops of a fixed
@@ -491,7 +494,7 @@ class CroCoForBinocularPrediction(CroCoPreTrainedModel):
         self.decoder = CroCoDecoder(config, mask_token=False)
         encoder = config.backbone_config.num_hidden_layers
         sizes = [config.hidden_size if layer < encoder else config.decoder_hidden_size for layer in self.layers_read]
-        num_outputs = TASKS[config.binocular_task] + (config.dense_loss != "l1")
+        num_outputs = TASKS[config.binocular_task] + (config.binocular_loss != "l1")
         self.head = CroCoDenseHead(config, sizes, num_outputs)
         self.post_init()
 
@@ -539,7 +542,7 @@ class CroCoForBinocularPrediction(CroCoPreTrainedModel):
         stereo = self.config.binocular_task == "stereo"
         return CroCoBinocularOutput(
             loss=loss,
-            losses=None if loss is None else {self.config.dense_loss: loss.detach()},
+            losses=None if loss is None else {self.config.binocular_loss: loss.detach()},
             predicted_disparity=prediction[:, 0] if stereo else None,
             predicted_flow=None if stereo else prediction,
             uncertainty=uncertainty,
@@ -558,7 +561,7 @@ class CroCoForBinocularPrediction(CroCoPreTrainedModel):
         error = (prediction - labels.nan_to_num(0.0, 0.0, 0.0)).abs()
         if uncertainty is None:
             return masked_mean(error.mean(dim=1), valid)
-        log_scale = log_scale_of(self.config.dense_loss, uncertainty)
+        log_scale = log_scale_of(self.config.binocular_loss, uncertainty)
         return masked_mean(error.sum(dim=1) * torch.exp(-log_scale) + log_scale, valid)
 
     @torch.no_grad()
@@ -605,11 +608,11 @@ class CroCoForBinocularPrediction(CroCoPreTrainedModel):
                 part = (..., slice(top, top + tile[0]), slice(left, left + tile[1]))
                 prediction, uncertainty = self._predict(pixel_values[part], grid)
                 known = torch.zeros_like(prediction[:, 0]) if uncertainty is None else uncertainty
-                weight = tile_weight(self.config.dense_loss, known)
+                weight = tile_weight(self.config.binocular_loss, known)
                 values = [*prediction.unbind(dim=1), known, torch.ones_like(known)]
                 sums[part] += torch.stack(values, dim=1) * weight.unsqueeze(1)
         means = sums[:, :-1] / sums[:, -1:]
-        return means[:, :-1], None if self.config.dense_loss == "l1" else means[:, -1]
+        return means[:, :-1], None if self.config.binocular_loss == "l1" else means[:, -1]
 
     @torch.no_grad()
     def pictures(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
