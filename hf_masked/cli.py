@@ -230,7 +230,7 @@ def finetune(
 def visualize(
     checkpoint: Checkpoint,
     images: Annotated[
-        list[Path], typer.Argument(help="Pictures, or folders of them; those of a pair one after the other.")
+        list[Path], typer.Argument(help="Files, or folders of them; those of a pair one after the other.")
     ],
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("visualization.png"),
     rows: Annotated[int, typer.Option(help="Pictures, or pairs, drawn at most.")] = 8,
@@ -247,31 +247,28 @@ def visualize(
     typer.echo(f"Wrote {output}.")
 
 
-def _panels(checkpoint: str, images: list[Path], rows: int):
+def _panels(checkpoint: str, files: list[Path], rows: int):
     """What a method masks and predicts, or compares."""
-    from transformers import AutoImageProcessor, AutoModelForPreTraining
+    from transformers import AutoModelForPreTraining
 
-    from hf_masked.training.visualization import picture_grid
+    from hf_masked.training.hub import processor_of
+    from hf_masked.training.modalities import modality_of
 
     model = AutoModelForPreTraining.from_pretrained(checkpoint).eval()
-    processor = AutoImageProcessor.from_pretrained(checkpoint)
-    pictures_per_sample = 1 if model.config.sample == "picture" else processor.num_views
-    pictures = list(_readable(images, rows * pictures_per_sample).values())
-    if model.config.sample != "picture":
-        pictures = _in_samples(pictures, pictures_per_sample)
-    panels = model.pictures(processor.picture_inputs(processor.prepare(pictures)))
-    return picture_grid({name: processor.denormalize(panel) for name, panel in panels.items()}, rows)
+    modality, processor = modality_of(model.config), processor_of(model)
+    return modality.picture(model, processor, modality.from_files(files, processor, model.config, rows))
 
 
 def _neighbours(checkpoint: str, images: list[Path], rows: int, count: int):
     """The first picture of each folder, then the second of each, ..., with their nearest neighbours among all; folders
     are classes, where there are several."""
+    from hf_masked.data.folders import readable_pictures
     from hf_masked.evaluation.features import extract_features, load_encoder
     from hf_masked.evaluation.retrieval import nearest
     from hf_masked.training.visualization import retrieval_grid
 
     encoder, settings = load_encoder(checkpoint)
-    found = _readable(images)
+    found = readable_pictures(images)
     by_folder = groupby(sorted(found), key=lambda path: path.parent)
     paths = [path for turn in zip_longest(*(list(files) for _, files in by_folder)) for path in turn if path]
     pixels = _processor_for(settings).prepare([found[path] for path in paths])
@@ -279,23 +276,6 @@ def _neighbours(checkpoint: str, images: list[Path], rows: int, count: int):
     similarity, neighbours = nearest(features, min(rows, len(paths)), count)
     classes = [path.parent.name for path in paths]
     return retrieval_grid(pixels / 255, similarity, neighbours, classes if len(set(classes)) > 1 else None)
-
-
-def _readable(images: list[Path], limit: int | None = None) -> dict[Path, object]:
-    """The readable pictures among files and folders, at most so many."""
-    from hf_masked.processing.decoding import BadImageError, open_image
-
-    pictures: dict[Path, object] = {}
-    for path in _image_files(images):
-        try:
-            pictures[path] = open_image(str(path), str(path))
-        except BadImageError as error:
-            typer.echo(f"left out: {error}", err=True)
-        if len(pictures) == limit:
-            break
-    if not pictures:
-        raise ValueError(f"There is no readable picture in {', '.join(map(str, images))}.")
-    return pictures
 
 
 @app.command()
@@ -432,13 +412,6 @@ def push(
     typer.echo(f"Pushed {folder}: {commit.commit_url}")
 
 
-def _in_samples(pictures: list, size: int) -> list[list]:
-    """Pictures in turn as samples of so many; what is left over is left out."""
-    if len(pictures) < size:
-        raise ValueError(f"A sample of this method has {size} pictures, and there are {len(pictures)} readable ones.")
-    return [pictures[start : start + size] for start in range(0, len(pictures) - size + 1, size)]
-
-
 def _processor_for(settings):
     """Makes whole pictures into what an encoder with these settings takes, but for the normalisation."""
     from hf_masked import MaskedImageProcessor
@@ -465,18 +438,6 @@ def _share_or_count(text: str) -> float | int:
         return float(text[:-1]) / 100 if text.endswith("%") else int(text)
     except ValueError as error:
         raise ValueError(f"{text!r} is neither a share such as 1% nor a number of labels such as 600.") from error
-
-
-def _image_files(paths: list[Path]) -> list[Path]:
-    from PIL import Image
-
-    endings = Image.registered_extensions()
-    files = []
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"There is no file or folder {path}.")
-        files += sorted(f for f in path.rglob("*") if f.suffix.lower() in endings) if path.is_dir() else [path]
-    return files
 
 
 def main() -> None:
