@@ -611,7 +611,7 @@ class CroCoForBinocularPrediction(CroCoPreTrainedModel):
                 weight = tile_weight(self.config.binocular_loss, known)
                 values = [*prediction.unbind(dim=1), known, torch.ones_like(known)]
                 sums[part] += torch.stack(values, dim=1) * weight.unsqueeze(1)
-        means = sums[:, :-1] / sums[:, -1:]
+        means = sums[:, :-1] / sums[:, -1:].clamp(min=1e-16)
         return means[:, :-1], None if self.config.binocular_loss == "l1" else means[:, -1]
 
     @torch.no_grad()

@@ -574,7 +574,7 @@ def trained(shifts: list[int], steps: int) -> list[tuple[float, float, float]]:
         if step % (steps // 2) == 0:
             model.eval()
             measured.append((*completion_errors(model, new), attention_hits(model, new, shift)))
-        model.train()(pairs[torch.randint(len(pairs), (32,))]).loss.backward()
+        model.train()(pairs[torch.randint(len(pairs), (16,))]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return measured
