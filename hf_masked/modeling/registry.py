@@ -186,7 +186,9 @@ def get_variant(name: str) -> Variant | TunerVariant:
             f" Methods of {family} are known after pip install 'hf-masked[{extra}]'."
             for family, extra in missing.items()
         )
-        raise ValueError(f"Unknown method {name!r}; known are {', '.join(sorted(CATALOGUE))} (`hf-masked list`).{hint}")
+        raise ValueError(
+            f"Unknown method {name!r}; known are {', '.join(sorted(CATALOGUE))} (`hf-masked list`).{hint}"
+        )
     return CATALOGUE[name]
 
 

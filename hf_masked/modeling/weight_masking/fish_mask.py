@@ -314,7 +314,9 @@ def initialize_fish_mask(
         for own, weight in layer.own_parameters().items()
     }
     if config.selection == "bias":
-        masks = {key: torch.full_like(weight, key.endswith("bias"), dtype=torch.bool) for key, weight in weights.items()}
+        masks = {
+            key: torch.full_like(weight, key.endswith("bias"), dtype=torch.bool) for key, weight in weights.items()
+        }
     else:
         masks = select_topk(_selection_scores(model, weights, batches, config), _budget(model, weights, config))
     for key, layer in layers.items():
@@ -355,8 +357,9 @@ def _budget(model, weights: dict, config: FishMaskConfig) -> int:
     count = int(total * config.keep_ratio) - (head if config.count_head_in_budget else 0)
     if count <= 0:
         raise ValueError(
-            f"keep_ratio={config.keep_ratio} of {total} weights is {int(total * config.keep_ratio)}, and modules_to_save "
-            f"alone have {head}: nothing is left for the backbone. Raise keep_ratio, or set count_head_in_budget=False."
+            f"keep_ratio={config.keep_ratio} of {total} weights is {int(total * config.keep_ratio)}, and "
+            f"modules_to_save alone have {head}: nothing is left for the backbone. Raise keep_ratio, or set "
+            "count_head_in_budget=False."
         )
     # Not all weights are in modules that can be wrapped.
     return min(count, sum(weight.numel() for weight in weights.values()))

@@ -1,10 +1,10 @@
 """Masking of pretrained language models: one bit per frozen weight, learnt through a threshold.
 
-Each weight has a real score; the forward pass keeps weights whose score is above a threshold, and gradients go straight
-through to the scores. A task costs one bit per masked weight over a base that all tasks share.
+Each weight has a real score; the forward pass keeps weights whose score is above a threshold, and gradients go
+straight through to the scores. A task costs one bit per masked weight over a base that all tasks share.
 
-Mengjie Zhao, Tao Lin, Fei Mi, Martin Jaggi and Hinrich Schuetze, "Masking as an Efficient Alternative to Finetuning for
-Pretrained Language Models", EMNLP 2020, arXiv 2004.12406. Reference implementation:
+Mengjie Zhao, Tao Lin, Fei Mi, Martin Jaggi and Hinrich Schuetze, "Masking as an Efficient Alternative to Finetuning
+for Pretrained Language Models", EMNLP 2020, arXiv 2004.12406. Reference implementation:
 https://github.com/ptlmasking/maskbert (`code/masking/maskers.py`, `code/masking/sparsity_control.py`).
 """
 
@@ -21,6 +21,7 @@ from hf_masked.modeling.weight_masking.peft_bridge import (
     WeightMaskTuner,
     check_choice,
     check_range,
+    mask_layers_of,
     register_with_peft,
 )
 
@@ -57,8 +58,8 @@ class MaskingLMConfig(TunerConfig):
             is of a known type. The paper leaves the lowest two blocks of BERT whole (section 5.1): a pattern such as
             `r".*layer\\.([2-9]|1[01])\\..*(query|key|value|dense)|.*pooler\\.dense|classifier"` says so.
         exclude_modules: names or a pattern of layers that stay whole.
-        layers_to_transform: numbers of the blocks to mask, with `target_modules` as names; it leaves out what stands in
-            no block, so also the pooler.
+        layers_to_transform: numbers of the blocks to mask, with `target_modules` as names; it leaves out what stands
+            in no block, so also the pooler.
         layers_pattern: what the blocks' list is called, where it is not found by itself.
         modules_to_save: modules that are trained as usual and saved beside the masks, as the classifier.
         binarizer: "threshold", straight through (equation 3 and what follows); "sign", of scores in [-1, 1]; or
@@ -70,7 +71,7 @@ class MaskingLMConfig(TunerConfig):
             their own and take "uniform_scores" only.
         init_sparsity: share that is dropped at the start; 3 to 10 % suits large pretrained encoders (section 5.1).
         init_scale: the interval begins at minus this.
-        granularity: one bit for each "weight", for each "head" (rows of query, key or value) or for the whole "matrix".
+        granularity: one bit for each "weight", for each "head" (rows of query, key or value) or for the "matrix".
         target_sparsity: what the share of dropped weights is drawn to, from 10 to 80 % of the training on in a cubic
             ramp; `MaskCallback` tells the progress.
         sparsity_weight: of the squared distance to it in the loss.
@@ -186,6 +187,7 @@ class MaskingLMLayer(WeightMaskLayer):
     """A linear layer under learnt thresholds."""
 
     prefix = "masking_lm_"
+    num_heads: int | None = None
 
     def add_adapter(self, adapter_name, config, tuner):
         if config.granularity == "head":
@@ -200,12 +202,9 @@ class MaskingLMLayer(WeightMaskLayer):
         super().add_adapter(adapter_name, config, tuner)
 
     def unit_shape(self, config):
-        rows, columns = self.matrix.shape
-        return {
-            "weight": (rows, columns),
-            "head": (self.num_heads, 1, 1) if config.granularity == "head" else None,
-            "matrix": (1, 1),
-        }[config.granularity]
+        if config.granularity == "head":
+            return self.num_heads, 1, 1
+        return tuple(self.matrix.shape) if config.granularity == "weight" else (1, 1)
 
     def spread(self, units: torch.Tensor) -> torch.Tensor:
         """(heads, 1, 1) -> (out, 1); other shapes broadcast by themselves."""
@@ -266,15 +265,23 @@ class MaskingLMTuner(WeightMaskTuner):
     tuner_layer_cls = MaskingLMLayer
     target_module_mapping = TARGETS
 
+    @property
+    def active_config(self) -> MaskingLMConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    def needs_progress(self):
+        return self.active_config.sparsity_weight > 0
+
     def penalty(self) -> torch.Tensor | None:
-        name = self.active_adapters[0] if self.active_adapters else None
-        config = self.peft_config.get(name)
-        layers = [m for m in self.model.modules() if isinstance(m, MaskingLMLayer) and name in m.scores]
-        if not layers or not config.sparsity_weight or layers[0].disable_adapters:
+        """Squared distance of the share of dropped weights to its target."""
+        if not self.active_config.sparsity_weight:
             return None
+        name = self.active_adapters[0]
+        layers = [layer for layer in mask_layers_of(self.model) if name in layer.scores]
         kept = sum(layer.training_mask(name).mean() * layer.matrix.numel() for layer in layers)
         current = 1 - kept / sum(layer.matrix.numel() for layer in layers)
-        return config.sparsity_weight * (sparsity_target(config, self.training_progress or 0.0) - current) ** 2
+        aim = sparsity_target(self.active_config, self.training_progress or 0.0)
+        return self.active_config.sparsity_weight * (aim - current) ** 2
 
 
 def tiny_config() -> MaskingLMConfig:

@@ -30,6 +30,7 @@ from hf_masked.modeling.weight_masking.peft_bridge import (
     check_choice,
     check_range,
     mask_layers,
+    mask_layers_of,
     register_with_peft,
 )
 
@@ -99,6 +100,8 @@ class MaskLLMConfig(TunerConfig):
             ends = getattr(self, name)
             if len(ends) != 2 or min(ends) <= 0:
                 raise ValueError(f"{name} is {ends}; expected two positive numbers, at the start and at the end.")
+            # What JSON makes of a tuple.
+            setattr(self, name, list(ends))
 
     def patterns(self, device=None) -> torch.Tensor:
         """float (patterns, m): all that keep n of m, as 1100, 1010, 1001, 0110, 0101, 0011."""
@@ -165,7 +168,9 @@ class MaskLLMTuner(WeightMaskTuner):
 
     prefix = "maskllm_"
     tuner_layer_cls = MaskLLMLayer
-    needs_progress = True
+
+    def needs_progress(self):
+        return True
 
     def forward(self, *args, **kwargs):
         for layer in self._layers():
@@ -180,7 +185,7 @@ class MaskLLMTuner(WeightMaskTuner):
         return -weight * sum(norms) if norms and weight else None
 
     def _layers(self) -> list[MaskLLMLayer]:
-        return [module for module in self.model.modules() if isinstance(module, MaskLLMLayer)]
+        return list(mask_layers_of(self.model))
 
 
 def keep_largest(scores: torch.Tensor, config: MaskLLMConfig) -> torch.Tensor:
@@ -200,8 +205,8 @@ def initialize_prior(
         model: from `get_peft_model`, untrained.
         batches: inputs of the model.
         criterion: "magnitude"; "wanda", magnitude times the norm of the input (arXiv 2306.11695); or "sparsegpt",
-            squared magnitude over the squared diagonal of the factor of the inverse Hessian (arXiv 2301.00774), without
-            its update of the weights.
+            squared magnitude over the squared diagonal of the factor of the inverse Hessian (arXiv 2301.00774),
+            without its update of the weights.
         adapter_name: by default the active adapter.
 
     Returns:
@@ -212,7 +217,7 @@ def initialize_prior(
     """
     if criterion not in PRIORS:
         raise ValueError(f"criterion is {criterion!r}; it must be one of {', '.join(PRIORS)}.")
-    layers = [(name, layer, adapter) for name, layer, adapter in mask_layers(model, adapter_name)]
+    layers = list(mask_layers(model, adapter_name))
     if not layers or not all(adapter in layer.scores for _, layer, adapter in layers):
         raise ValueError("The model has no MaskLLM logits to start at a prior; wrap it with inference_mode=False.")
     moments = _input_moments(model, [layer for _, layer, _ in layers], batches, full=criterion == "sparsegpt")

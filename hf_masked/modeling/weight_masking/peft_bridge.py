@@ -224,6 +224,11 @@ class WeightMaskLayer(TunerLayer):
         return getattr(self, self.other_param_names[0])
 
     @property
+    def trains(self) -> bool:
+        """Whether scores of an active adapter make the mask."""
+        return not self.disable_adapters and any(name in self.scores for name in self.active_adapters)
+
+    @property
     def matrix(self) -> torch.Tensor:
         """The frozen weight as (out, in); GPT-2's `Conv1D` stores it the other way round."""
         weight = self.base_layer.weight.detach()
@@ -329,14 +334,23 @@ class WeightMaskTuner(Tuner):
                 "target_modules, or this one in exclude_modules."
             )
 
-
     def penalty(self) -> torch.Tensor | None:
         """What is added to the loss in training, if anything."""
         return None
 
+    def needs_progress(self) -> bool:
+        """Whether the active adapter changes with the progress of the training."""
+        return False
+
     def forward(self, *args, **kwargs):
         outputs = self.model(*args, **kwargs)
-        penalty = self.penalty() if self.training else None
+        adapts = self.training and any(layer.trains for layer in mask_layers_of(self.model))
+        if adapts and self.training_progress is None and self.needs_progress():
+            logger.warning_once(
+                "Nothing tells the masks how far the training is, so their schedules stand at the start. Give the "
+                "Trainer callbacks=[MaskCallback()], from hf_masked.training.mask_callbacks."
+            )
+        penalty = self.penalty() if adapts else None
         if penalty is None:
             return outputs
         if not hasattr(outputs, "loss"):
@@ -346,6 +360,10 @@ class WeightMaskTuner(Tuner):
             share = self.accumulation_steps if kwargs.get("num_items_in_batch") is not None else 1
             outputs.loss = outputs.loss + penalty / share
         return outputs
+
+
+def mask_layers_of(model: nn.Module) -> Iterator[WeightMaskLayer]:
+    return (module for module in model.modules() if isinstance(module, WeightMaskLayer))
 
 
 def mask_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, WeightMaskLayer, str]]:
@@ -406,6 +424,4 @@ def peft_type(name: str) -> PeftType:
 def register_with_peft(config: type[TunerConfig], tuner: type[Tuner]) -> None:
     """Makes a tuner known to `get_peft_model` and `PeftModel.from_pretrained`."""
     peft_type(config.tuner_name)
-    register_peft_method(
-        name=config.tuner_name, config_cls=config, model_cls=tuner, prefix=f"{config.tuner_name}_"
-    )
+    register_peft_method(name=config.tuner_name, config_cls=config, model_cls=tuner, prefix=f"{config.tuner_name}_")
