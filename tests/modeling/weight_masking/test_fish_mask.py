@@ -29,12 +29,6 @@ def wrapped(**settings):
     return model, initialize_fish_mask(model, [one_batch()])
 
 
-def plain(tensors: dict) -> dict:
-    return {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): value for name, value in tensors.items()
-    }
-
-
 @pytest.mark.parametrize("run", ["label-square", "label-absolute", "expect-square"])
 def test_scores_are_those_of_the_reference(run):
     fisher = {"label": "empirical", "expect": "expected"}[run.split("-")[0]]
@@ -201,9 +195,10 @@ def test_unmerging_is_exact():
     layers = [module for module in model.modules() if isinstance(module, FishMaskLayer)]
     before = [copy.deepcopy(layer.base_layer.state_dict()) for layer in layers]
     model.merge_adapter()
-    assert any(not torch.equal(b["weight"], l.base_layer.weight) for b, l in zip(before, layers, strict=True))
+    pairs = list(zip(before, layers, strict=True))
+    assert any(not torch.equal(old["weight"], layer.base_layer.weight) for old, layer in pairs)
     model.unmerge_adapter()
-    for old, layer in zip(before, layers, strict=True):
+    for old, layer in pairs:
         assert all(torch.equal(weight, layer.base_layer.state_dict()[name]) for name, weight in old.items())
 
 

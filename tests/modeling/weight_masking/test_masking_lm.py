@@ -19,6 +19,7 @@ from tests.parity.fill import filled, filled_pixels
 
 PARITY = json.loads((Path(__file__).parents[2] / "parity" / "masking_lm.json").read_text())
 SIZE = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SHAPES = {"dense.weight": (8, 12), "dense.bias": (8,)}
 IDS = torch.arange(10).view(2, 5)
 
 
@@ -70,7 +71,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(run, settings):
     model, layer = one_layer(**settings)
     scores = layer.scores["default"]
     with torch.no_grad():
-        given = stored["scale"] * filled_pixels(tuple(stored["shape"]), f"{run}.scores")
+        given = stored["scale"] * filled_pixels(tuple(stored["shape"]), stored["fill"])
         scores.copy_(given.view(scores.shape))
     outputs = model.train()(filled_pixels((3, 12), "input"))
     (outputs * filled_pixels((3, 8), "upstream")).sum().backward()
