@@ -206,8 +206,8 @@ class MaskingLMLayer(WeightMaskLayer):
             return self.num_heads, 1, 1
         return tuple(self.matrix.shape) if config.granularity == "weight" else (1, 1)
 
-    def spread(self, units: torch.Tensor) -> torch.Tensor:
-        """(heads, 1, 1) -> (out, 1); other shapes broadcast by themselves."""
+    def spread(self, units):
+        # (heads, 1, 1) -> (out, 1); other shapes broadcast by themselves.
         if units.dim() != 3:
             return units
         return units.expand(-1, self.matrix.shape[0] // len(units), 1).reshape(-1, 1)
@@ -218,9 +218,9 @@ class MaskingLMLayer(WeightMaskLayer):
             return torch.empty(self.unit_shape(config), device=self.base_layer.weight.device).uniform_(low, high)
         weight = self.matrix
         ranks = weight.abs().float() if config.init == "magnitude" else torch.rand(weight.shape, device=weight.device)
-        dropped = torch.zeros_like(weight, dtype=torch.bool)
-        count = math.floor(config.init_sparsity * weight.numel())
-        dropped.view(-1)[ranks.flatten().argsort()[:count]] = True
+        dropped = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+        dropped[ranks.flatten().argsort()[: math.floor(config.init_sparsity * weight.numel())]] = True
+        dropped = dropped.view(weight.shape)
         if config.init == "double_uniform":
             low, high = (torch.empty(weight.shape, device=weight.device).uniform_(*ends) for ends in _TWO_INTERVALS)
             return config.threshold * torch.where(dropped, low, high)
@@ -240,9 +240,6 @@ class MaskingLMLayer(WeightMaskLayer):
 
     def hard_units(self, scores, config):
         return scores > (config.threshold if config.binarizer == "threshold" else 0)
-
-    def mask(self, adapter_name, final=False):
-        return self.spread(super().mask(adapter_name, final))
 
 
 # In units of the threshold (`controlled_init` of the reference): dropped, kept.

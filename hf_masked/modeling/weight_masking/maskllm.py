@@ -172,20 +172,17 @@ class MaskLLMTuner(WeightMaskTuner):
     def needs_progress(self):
         return True
 
-    def forward(self, *args, **kwargs):
-        for layer in self._layers():
+    def before_forward(self, model, inputs):
+        super().before_forward(model, inputs)
+        for layer in mask_layers_of(model):
             layer.progress, layer.kept_norm = self.training_progress or 0.0, None
-        return super().forward(*args, **kwargs)
 
     def penalty(self) -> torch.Tensor | None:
         """Minus the squared norm of the kept weights, times what is left of its weight."""
         config = self.peft_config[self.active_adapters[0]]
         weight = config.weight_norm_reg * (1 - (self.training_progress or 0.0))
-        norms = [layer.kept_norm for layer in self._layers() if layer.kept_norm is not None]
+        norms = [layer.kept_norm for layer in mask_layers_of(self.model) if layer.kept_norm is not None]
         return -weight * sum(norms) if norms and weight else None
-
-    def _layers(self) -> list[MaskLLMLayer]:
-        return list(mask_layers_of(self.model))
 
 
 def keep_largest(scores: torch.Tensor, config: MaskLLMConfig) -> torch.Tensor:

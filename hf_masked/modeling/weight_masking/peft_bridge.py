@@ -3,8 +3,8 @@
 A tuner of this package is a `PeftConfig`, a layer that holds a module of the frozen model as `base_layer` and calls it
 with other weights, and a `BaseTuner`. `get_peft_model`, several adapters, saving, loading, merging and switching off
 are PEFT's own. What PEFT has no public way for, and what this file therefore relies on: the closed enum `PeftType`;
-`BaseTuner._create_and_replace`, `_prepare_adapter_config`, `_replace_module` and `_remap_adapter_state_dict_for_load`;
-the names in `adapter_layer_names` and `other_param_names`; `BufferDict`. `tests/modeling/weight_masking/
+`BaseTuner._create_and_replace`, `_prepare_adapter_config`, `_replace_module`, `_post_injection_hook`,
+`_unload_and_optionally_merge` and `_remap_adapter_state_dict_for_load`; the names in `adapter_layer_names` and `other_param_names`; `BufferDict`. `tests/modeling/weight_masking/
 test_peft_bridge.py` says which of them a new PEFT has moved.
 """
 
@@ -235,7 +235,7 @@ class WeightMaskLayer(TunerLayer):
         return weight.T if isinstance(self.base_layer, Conv1D) else weight
 
     def unit_shape(self, config: TunerConfig) -> tuple[int, ...]:
-        """Shape of what has one bit each; broadcasts to (out, in)."""
+        """Shape of what has one bit each."""
         return tuple(self.matrix.shape)
 
     def initial_scores(self, config: TunerConfig) -> torch.Tensor:
@@ -277,9 +277,12 @@ class WeightMaskLayer(TunerLayer):
 
     def mask(self, adapter_name: str, final: bool = False) -> torch.Tensor:
         """Mask of the weight, broadcasts to (out, in): float in [0, 1] while scores are trained, else bool."""
-        if self.training and not final and adapter_name in self.scores:
-            return self.training_mask(adapter_name)
-        return self.units(adapter_name)
+        trained = self.training and not final and adapter_name in self.scores
+        return self.spread(self.training_mask(adapter_name) if trained else self.units(adapter_name))
+
+    def spread(self, units: torch.Tensor) -> torch.Tensor:
+        """What is of the units' shape, such that it broadcasts to (out, in)."""
+        return units
 
     def changed_parameters(self, adapter_names, final=False):
         weight = self.matrix
@@ -334,6 +337,22 @@ class WeightMaskTuner(Tuner):
                 "target_modules, or this one in exclude_modules."
             )
 
+    # Hooks on the frozen model: PEFT calls that model, and not its tuner, where the config has no task type.
+    hooks: tuple = ()
+
+    def _post_injection_hook(self, model, config, adapter_name):
+        if not self.hooks:
+            self.hooks = (
+                model.register_forward_pre_hook(self.before_forward),
+                model.register_forward_hook(self.after_forward, with_kwargs=True),
+            )
+
+    def _unload_and_optionally_merge(self, *args, **kwargs):
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self.hooks:
+            hook.remove()
+        return model
+
     def penalty(self) -> torch.Tensor | None:
         """What is added to the loss in training, if anything."""
         return None
@@ -342,23 +361,25 @@ class WeightMaskTuner(Tuner):
         """Whether the active adapter changes with the progress of the training."""
         return False
 
-    def forward(self, *args, **kwargs):
-        outputs = self.model(*args, **kwargs)
-        adapts = self.training and any(layer.trains for layer in mask_layers_of(self.model))
-        if adapts and self.training_progress is None and self.needs_progress():
+    def is_training(self) -> bool:
+        return self.model.training and any(layer.trains for layer in mask_layers_of(self.model))
+
+    def before_forward(self, model: nn.Module, inputs: tuple) -> None:
+        if self.training_progress is None and self.is_training() and self.needs_progress():
             logger.warning_once(
                 "Nothing tells the masks how far the training is, so their schedules stand at the start. Give the "
                 "Trainer callbacks=[MaskCallback()], from hf_masked.training.mask_callbacks."
             )
-        penalty = self.penalty() if adapts else None
-        if penalty is None:
+
+    def after_forward(self, model: nn.Module, inputs: tuple, named_inputs: dict, outputs):
+        penalty = self.penalty() if self.is_training() else None
+        if penalty is None or getattr(outputs, "loss", True) is None:
             return outputs
         if not hasattr(outputs, "loss"):
             raise ValueError("The mask's own loss is added to the model's: call it with labels and return_dict=True.")
-        if outputs.loss is not None:
-            # The Trainer divides by the accumulated batches itself unless it hands the model their number of items.
-            share = self.accumulation_steps if kwargs.get("num_items_in_batch") is not None else 1
-            outputs.loss = outputs.loss + penalty / share
+        # The Trainer divides by the accumulated batches itself unless it hands the model their number of items.
+        share = self.accumulation_steps if named_inputs.get("num_items_in_batch") is not None else 1
+        outputs.loss = outputs.loss + penalty / share
         return outputs
 
 
@@ -395,7 +416,7 @@ def harden_masks(model: nn.Module, adapter_name: str | None = None) -> None:
 def read_masks(model: nn.Module, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
     """Masks as in evaluation, {name of the weight: bool (out, in), True = kept}."""
     return {
-        f"{name}.weight": layer.units(adapter).expand(layer.matrix.shape)
+        f"{name}.weight": layer.mask(adapter, final=True).expand(layer.matrix.shape)
         for name, layer, adapter in mask_layers(model, adapter_name)
     }
 

@@ -26,6 +26,8 @@ from hf_masked.modeling.weight_masking.peft_bridge import peft_type, register_wi
         ("_prepare_adapter_config", {"peft_config", "model_config"}),
         ("_remap_adapter_state_dict_for_load", {"model", "config", "adapter_name", "state_dict"}),
         ("inject_adapter", {"model", "adapter_name"}),
+        ("_post_injection_hook", {"model", "config", "adapter_name"}),
+        ("_unload_and_optionally_merge", {"merge", "adapter_names"}),
     ],
 )
 def test_hooks_of_the_tuner_are_there(name, arguments):
