@@ -4,8 +4,9 @@ A tuner of this package is a `PeftConfig`, a layer that holds a module of the fr
 with other weights, and a `BaseTuner`. `get_peft_model`, several adapters, saving, loading, merging and switching off
 are PEFT's own. What PEFT has no public way for, and what this file therefore relies on: the closed enum `PeftType`;
 `BaseTuner._create_and_replace`, `_prepare_adapter_config`, `_replace_module`, `_post_injection_hook`,
-`_unload_and_optionally_merge` and `_remap_adapter_state_dict_for_load`; the names in `adapter_layer_names` and `other_param_names`; `BufferDict`. `tests/modeling/weight_masking/
-test_peft_bridge.py` says which of them a new PEFT has moved.
+`_unload_and_optionally_merge` and `_remap_adapter_state_dict_for_load`; the names in `adapter_layer_names` and
+`other_param_names` and what reads them; `BufferDict`. `tests/modeling/weight_masking/test_peft_bridge.py` says which
+of them a new PEFT has moved.
 """
 
 import logging
