@@ -13,6 +13,7 @@ sentences that were held out, and bytes. Then the tasks of each tuner are served
 """
 
 import argparse
+import copy
 import json
 import pydoc_data.topics
 import random
@@ -80,7 +81,7 @@ def learn(way: str, task: str, base: str, tokenizer, texts: list[str], arguments
     if way == "head":
         model.base_model.requires_grad_(False)
     elif way in TUNERS:
-        model = get_peft_model(model, TUNERS[way][0])
+        model = get_peft_model(model, copy.deepcopy(TUNERS[way][0]))
         if way == "fish_mask":
             collate = DataCollatorWithPadding(tokenizer)
             initialize_fish_mask(model, [collate(train[start : start + 16]) for start in range(0, 128, 16)])
