@@ -165,10 +165,10 @@ def weight_table(result: dict) -> str:
     facts = result["environment"]
     return "\n".join(lines) + (
         f"\n\n{result['base']}, {result['steps']} steps of {result['batch_size']} sentences of Python's "
-        f"documentation, {result['test_sentences']} held out, one seed (`examples/tune_with_masks.py`). Tensors of {result['tasks']} "
-        f"tasks in memory: {memory}; as many models: {_megabytes(result['copies']['tensor_bytes'])} "
-        f"(`python benchmarks/weight_masks.py`; {facts['device']}, torch {facts['torch']}, transformers "
-        f"{facts['transformers']}).\n"
+        f"documentation, {result['test_sentences']} held out, one seed (`examples/tune_with_masks.py`). Tensors of "
+        f"{result['tasks']} tasks in memory: {memory}; as many models: "
+        f"{_megabytes(result['copies']['tensor_bytes'])} (`python benchmarks/weight_masks.py`; {facts['device']}, "
+        f"torch {facts['torch']}, transformers {facts['transformers']}).\n"
     )
 
 

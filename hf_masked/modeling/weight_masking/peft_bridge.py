@@ -135,14 +135,14 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """Writes adapters, by default the active ones, into the base layer's weights, one after the other.
 
         Raises:
-            ValueError: with `safe_merge`, if the new weights are not finite; then nothing is changed.
+            ValueError: with `safe_merge`, if the new weights are not finite; then the layer stays as it is.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if not self.holds(name):
                 continue
             changed = self.merged_parameters(name)
             if safe_merge and not all(tensor.isfinite().all() for tensor in changed.values()):
-                raise ValueError(f"The adapter {name!r} makes weights that are not finite; nothing was merged.")
+                raise ValueError(f"The adapter {name!r} makes weights that are not finite; the layer stays as it is.")
             self.before_merge(name)
             for parameter, tensor in changed.items():
                 # In place, so that tied weights stay tied.
