@@ -22,7 +22,7 @@ TUNERS = [variant for variant in CATALOGUE.values() if variant.kind == "tuner"]
 BASE = BertConfig(
     vocab_size=40,
     hidden_size=16,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=2,
     intermediate_size=32,
     initializer_range=0.2,

@@ -377,7 +377,11 @@ class WeightMaskTuner(Tuner):
         if penalty is None or getattr(outputs, "loss", True) is None:
             return outputs
         if not hasattr(outputs, "loss"):
-            raise ValueError("The mask's own loss is added to the model's: call it with labels and return_dict=True.")
+            logger.warning_once(
+                "The model returns no loss that the mask's own could be added to: call it with labels and "
+                "return_dict=True, or add model.base_model.penalty() to your loss."
+            )
+            return outputs
         # The Trainer divides by the accumulated batches itself unless it hands the model their number of items.
         share = self.accumulation_steps if named_inputs.get("num_items_in_batch") is not None else 1
         outputs.loss = outputs.loss + penalty / share

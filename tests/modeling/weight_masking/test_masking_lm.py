@@ -174,7 +174,7 @@ def test_bernoulli_is_drawn_in_training_and_fixed_in_evaluation():
 def test_one_bit_for_each_head_or_matrix(tmp_path):
     _, model = encoder(target_modules=["query", "key", "value"], granularity="head", init_sparsity=0.5)
     for mask in read_masks(model).values():
-        rows = mask.view(2, -1).float().mean(dim=1)
+        rows = mask.reshape(2, -1).float().mean(dim=1)
         assert set(rows.tolist()) <= {0.0, 1.0}
     assert 0 < sparsity(model) < 1
     harden_masks(model)

@@ -191,14 +191,14 @@ def test_half_of_the_decoders_weights_are_zero_after_merging_and_no_others():
 
 
 def test_one_step_moves_logits_and_warns_without_progress(caplog):
-    model = language_model(weight_norm_reg=1e-3).train()
+    model = language_model(weight_norm_reg=10.0).train()
     type(logger).warning_once.cache_clear()
     with caplog.at_level("WARNING"):
         loss = model(**BATCH).loss
     assert "MaskCallback" in caplog.text
     loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
-    assert model.eval()(**BATCH).loss > loss, "the reward is one of training"
+    assert model.eval()(**BATCH).loss > loss + 1, "the reward is one of training"
 
 
 def test_transposed_layers_are_grouped_by_their_inputs():
