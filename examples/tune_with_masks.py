@@ -155,11 +155,11 @@ def accuracy(predicted) -> dict[str, float]:
 
 
 def sentences(path: Path | None) -> list[str]:
-    """Sentences of 6 to 30 words, in the order of the text."""
+    """Sentences of 6 to 16 words, in the order of the text."""
     text = path.read_text(encoding="utf-8") if path else "\n\n".join(pydoc_data.topics.topics.values())
     paragraphs = (" ".join(block.split()) for block in re.split(r"\n\s*\n|\n(?= = )", text))
     cut = (sentence for paragraph in paragraphs for sentence in re.split(r"(?<=[.!?]) +", paragraph))
-    return [sentence for sentence in cut if 6 <= len(sentence.split()) <= 30 and sentence[0].isupper()]
+    return [sentence for sentence in cut if 6 <= len(sentence.split()) <= 16 and sentence[0].isupper()]
 
 
 def split(texts: list[str]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
@@ -178,7 +178,7 @@ def examples(task: str, rows: list[tuple[int, str]], tokenizer, seed: int) -> li
         if task == "order" and label:
             at = draw.choice([i for i in range(len(words) - 1) if words[i].lower() != words[i + 1].lower()])
             words[at], words[at + 1] = words[at + 1], words[at]
-        made.append({**tokenizer(" ".join(words), truncation=True, max_length=48), "labels": label})
+        made.append({**tokenizer(" ".join(words), truncation=True, max_length=32), "labels": label})
     return made
 
 
