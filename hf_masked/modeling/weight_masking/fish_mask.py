@@ -130,8 +130,9 @@ class FishMaskLayer(TunerLayer):
         return {name: part.view_as(own[name]) for name, part in zip(own, parts, strict=True)}
 
     def before_merge(self, adapter_name):
-        flat = torch.cat([weight.detach().flatten() for weight in self.own_parameters().values()] or [torch.zeros(0)])
-        self.replaced[adapter_name] = flat[self.fish_mask_indices[adapter_name]]
+        own = [weight.detach().flatten() for weight in self.own_parameters().values()]
+        if own:
+            self.replaced[adapter_name] = torch.cat(own)[self.fish_mask_indices[adapter_name]]
 
     def merged_parameters(self, adapter_name):
         # Weights of another layer are merged there, once.
@@ -142,7 +143,7 @@ class FishMaskLayer(TunerLayer):
         """Takes the differences out again, which restores the weights to the bit."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            indices, old = self.fish_mask_indices[name], self.replaced.pop(name)
+            indices, old = self.fish_mask_indices[name], self.replaced.pop(name, None)
             start = 0
             for weight in self.own_parameters().values():
                 here = (indices >= start) & (indices < start + weight.numel())
