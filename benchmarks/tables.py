@@ -148,12 +148,41 @@ def stereo_table(result: dict) -> str:
     )
 
 
+def weight_table(result: dict) -> str:
+    """Masks on weights: what they learn, beside the head alone and all weights, and what a task costs."""
+    tasks = sorted({task for row in result["learning"].values() for task in row})
+    lines = [
+        "| trained | " + " | ".join(f"accuracy, {task}" for task in tasks) + " | file of a task without its head |",
+        "|---|" + "---|" * (len(tasks) + 1),
+    ]
+    titles = {"head": "the head alone", "all": "all weights"}
+    for way in ("head", *result["ways"], "all"):
+        found = result["learning"].get(way, {})
+        cells = [f"{100 * found[task]['accuracy']:.1f} %" if task in found else "-" for task in tasks]
+        size = result["ways"].get(way, {}).get("file_bytes") or (result["checkpoint_bytes"] if way == "all" else 0)
+        lines.append(f"| {titles.get(way, way)} | " + " | ".join(cells) + f" | {_megabytes(size)} |")
+    memory = ", ".join(f"{_megabytes(row['tensor_bytes'])} ({way})" for way, row in result["ways"].items())
+    facts = result["environment"]
+    return "\n".join(lines) + (
+        f"\n\n{result['base']}, {result['steps']} steps of {result['batch_size']} sentences of Python's "
+        f"documentation, {result['test_sentences']} held out, one seed (`examples/tune_with_masks.py`). Tensors of "
+        f"{result['tasks']} tasks in memory: {memory}; as many models: "
+        f"{_megabytes(result['copies']['tensor_bytes'])} (`python benchmarks/weight_masks.py`; {facts['device']}, "
+        f"torch {facts['torch']}, transformers {facts['transformers']}).\n"
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size else "-"
+
+
 KINDS = {
     "cost": cost_table,
     "learning": learning_table,
     "step": step_table,
     "feeding": feeding_table,
     "stereo": stereo_table,
+    "weight": weight_table,
 }
 
 

@@ -1,7 +1,10 @@
 """Masked modelling and Siamese learning for transformers.
 
-Importing this package registers every variant with transformers' Auto classes.
+Importing this package registers every variant with transformers' Auto classes. Masks on weights
+(`hf_masked.modeling.weight_masking`) need PEFT and are imported when one of their names is asked for.
 """
+
+from importlib import import_module
 
 from transformers import AutoImageProcessor
 
@@ -38,3 +41,28 @@ __all__ = [
     *_masked_latent,
     *_siamese,
 ]
+
+# Names of `hf_masked.modeling.weight_masking`. Not in `__all__`, which `import *` would import PEFT for.
+_WEIGHT_MASKING = (
+    "FishMaskConfig",
+    "FishMaskTuner",
+    "MaskLLMConfig",
+    "MaskLLMTuner",
+    "MaskingLMConfig",
+    "MaskingLMTuner",
+    "compute_fisher",
+    "deal_topk",
+    "harden_masks",
+    "initialize_fish_mask",
+    "initialize_prior",
+    "load_npz_masks",
+    "read_masks",
+    "select_topk",
+    "sparsity",
+)
+
+
+def __getattr__(name: str):
+    if name in _WEIGHT_MASKING:
+        return getattr(import_module("hf_masked.modeling.weight_masking"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

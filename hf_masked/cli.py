@@ -32,6 +32,7 @@ def list_methods(
 ) -> None:
     """Every method on one line."""
     from hf_masked import CATALOGUE
+    from hf_masked.modeling.registry import load_later_families
     from hf_masked.processing.masks import MASKS
 
     if masks:
@@ -39,6 +40,7 @@ def list_methods(
             [("mask", "what it is"), *((kind, inspect.getdoc(mask).splitlines()[0]) for kind, mask in MASKS.items())]
         )
         return
+    missing = load_later_families()
     rows = [("method", "year", "family", "data", "backbones", "masks", "predicts")]
     for name, variant in sorted(CATALOGUE.items()):
         config = variant.config
@@ -46,6 +48,8 @@ def list_methods(
         facts = (str(config.paper_year), variant.family, config.modality, backbones, config.masks, config.predicts)
         rows.append((name, *facts))
     _table(rows)
+    for family, extra in missing.items():
+        typer.echo(f"More in {family} after: pip install 'hf-masked[{extra}]'")
 
 
 def _table(rows: list[tuple[str, ...]]) -> None:
@@ -72,11 +76,9 @@ def info(method: Annotated[str, typer.Argument(help="Name of a method, see `hf-m
         "backbones": ", ".join(config.backbones),
         "masks": config.masks,
         "predicts": config.predicts,
-        "classes": ", ".join(
-            c.__name__ for c in (config, variant.model, variant.pretraining, *variant.heads.values())
-        ),
-        "processor": config.processor,
-        "declined checks": "; ".join(f"{k}: {v}" for k, v in variant.pretraining.declined_checks.items()) or "none",
+        "classes": ", ".join(c.__name__ for c in variant.classes),
+        "processor": variant.processor,
+        "declined checks": "; ".join(f"{k}: {v}" for k, v in variant.declined_checks.items()) or "none",
     }
     for name, value in facts.items():
         typer.echo(f"{name:<20}{value}")

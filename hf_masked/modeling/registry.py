@@ -2,13 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from hf_masked.modeling.base import VariantConfig, VariantModel
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hf_masked.modeling.weight_masking.peft_bridge import Tuner, TunerConfig, TunerLayer
+
 PREFIX = "hf_masked_"
+
+# Families that need another package, and its extra: imported when they are asked for.
+LATER = {"hf_masked.modeling.weight_masking": "peft"}
 
 # How a variant is judged, see the design's section 5.
 KINDS = ("model", "method", "tuner", "procedure")
@@ -51,12 +62,64 @@ class Variant:
         """The folder its file stands in."""
         return self.config.__module__.split(".")[-2]
 
+    @property
+    def classes(self) -> tuple[type, ...]:
+        return self.config, self.model, self.pretraining, *self.heads.values()
+
+    @property
+    def declined_checks(self) -> dict[str, str]:
+        return self.pretraining.declined_checks
+
+    @property
+    def processor(self) -> str:
+        return self.config.processor
+
     def inputs(self, config: VariantConfig, batch: int = 2) -> dict[str, torch.Tensor]:
         """Example inputs of `forward`, from torch's generator."""
         return (self.example_inputs or _image_inputs)(config, batch)
 
 
-CATALOGUE: dict[str, Variant] = {}
+@dataclass(frozen=True)
+class TunerVariant:
+    """An entry of the kind "tuner": masks on the weights of a frozen model, through PEFT.
+
+    Args:
+        config: its `PeftConfig`, which holds the paper's facts.
+        tuner: its `BaseTuner`.
+        layer: its `BaseTunerLayer`.
+        tiny_config: makes a config that fits a small BERT, for tests and docs.
+        initialize: `initialize(peft_model, batches)`, what has to be done between `get_peft_model` and training.
+        declined_checks: conformance checks that cannot apply, {name: reason}.
+    """
+
+    config: "type[TunerConfig]"
+    tuner: "type[Tuner]"
+    layer: "type[TunerLayer]"
+    tiny_config: "Callable[[], TunerConfig]"
+    initialize: "Callable[[nn.Module, list[dict]], object] | None" = None
+    declined_checks: dict[str, str] = field(default_factory=dict)
+    kind: str = field(default="tuner", init=False)
+    convert: None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        return self.config.tuner_name
+
+    @property
+    def family(self) -> str:
+        """The folder its file stands in."""
+        return self.config.__module__.split(".")[-2]
+
+    @property
+    def classes(self) -> tuple[type, ...]:
+        return self.config, self.tuner
+
+    @property
+    def processor(self) -> str:
+        return "the frozen model's own"
+
+
+CATALOGUE: dict[str, Variant | TunerVariant] = {}
 
 
 def register_variant(**arguments) -> Variant:
@@ -68,12 +131,11 @@ def register_variant(**arguments) -> Variant:
     variant = Variant(**arguments)
     if not variant.config.model_type.startswith(PREFIX):
         raise ValueError(f"model_type {variant.config.model_type!r} must begin with {PREFIX!r}.")
-    if variant.name in CATALOGUE:
+    if variant.kind not in KINDS or variant.kind == "tuner":
         raise ValueError(
-            f"A variant named {variant.name!r} is registered already, by {CATALOGUE[variant.name].config}."
+            f"kind is {variant.kind!r}; it must be one of {', '.join(KINDS)}, and tuners enter by register_tuner."
         )
-    if variant.kind not in KINDS:
-        raise ValueError(f"kind is {variant.kind!r}; it must be one of {', '.join(KINDS)}.")
+    _check_free(variant.name)
     AutoConfig.register(variant.config.model_type, variant.config)
     heads = {AutoModel: variant.model, AutoModelForPreTraining: variant.pretraining, **variant.heads}
     for auto_class, model_class in heads.items():
@@ -82,14 +144,53 @@ def register_variant(**arguments) -> Variant:
     return variant
 
 
-def get_variant(name: str) -> Variant:
+def register_tuner(**arguments) -> TunerVariant:
+    """Enters a tuner into the catalogue; the arguments are those of `TunerVariant`.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    variant = TunerVariant(**arguments)
+    _check_free(variant.name)
+    CATALOGUE[variant.name] = variant
+    return variant
+
+
+def _check_free(name: str) -> None:
+    if name in CATALOGUE:
+        raise ValueError(f"A variant named {name!r} is registered already, by {CATALOGUE[name].config}.")
+
+
+def load_later_families() -> dict[str, str]:
+    """Imports the families that need another package, which enters their methods into the catalogue.
+
+    Returns:
+        Those whose package is not installed, {family: extra}.
+    """
+    missing = {}
+    for module, extra in LATER.items():
+        if find_spec(extra) is None:
+            missing[module.rsplit(".", 1)[-1]] = extra
+        else:
+            import_module(module)
+    return missing
+
+
+def get_variant(name: str) -> Variant | TunerVariant:
     """The variant of a name.
 
     Raises:
         ValueError: for an unknown name, with the known ones.
     """
+    missing = {} if name in CATALOGUE else load_later_families()
     if name not in CATALOGUE:
-        raise ValueError(f"Unknown method {name!r}; known are {', '.join(sorted(CATALOGUE))} (`hf-masked list`).")
+        hint = "".join(
+            f" Methods of {family} are known after pip install 'hf-masked[{extra}]'."
+            for family, extra in missing.items()
+        )
+        raise ValueError(
+            f"Unknown method {name!r}; known are {', '.join(sorted(CATALOGUE))} (`hf-masked list`).{hint}"
+        )
     return CATALOGUE[name]
 
 
@@ -105,4 +206,13 @@ def _image_inputs(config: VariantConfig, batch: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(batch, config.num_channels, height, width)}
 
 
-__all__ = ["CATALOGUE", "Variant", "get_variant", "register_variant", "variant_of"]
+__all__ = [
+    "CATALOGUE",
+    "TunerVariant",
+    "Variant",
+    "get_variant",
+    "load_later_families",
+    "register_tuner",
+    "register_variant",
+    "variant_of",
+]
