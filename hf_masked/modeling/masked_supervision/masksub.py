@@ -46,8 +46,8 @@ class MaskSubConfig(RegularizerConfig):
         special_token_ids: of the tokenizer; these are never masked, nor is padding.
         target: what the second pass learns: "softmax" or "sigmoid" of the first one's logits; "auto" is the softmax,
             and the sigmoid for several labels each.
-        freeze_batch_norm_in_sub: the masked pass leaves the running statistics of batch norm alone; in the reference it
-            updates them.
+        freeze_batch_norm_in_sub: the masked pass leaves the running statistics of batch norm alone; in the reference
+            it updates them.
     """
 
     method_name: ClassVar[str] = "masksub"
@@ -134,8 +134,8 @@ def mode_of(model: PreTrainedModel, config: MaskSubConfig) -> str:
 
 @contextmanager
 def dropped_tokens(model: PreTrainedModel, draw: Draw, ratio: float, inner) -> Iterator[None]:
-    """Inside the block the layers see `int(units * (1 - ratio))` random patch tokens of each sample, and all others that
-    are no patches."""
+    """Inside the block the layers see `int(units * (1 - ratio))` random patch tokens of each sample, and all others
+    that are no patches."""
     prefix = TOKENS[model.config.model_type](model.config)
 
     def hook(module, arguments, embedded):  # (batch, prefix + units, hidden)

@@ -170,7 +170,7 @@ def test_draws():
 
 def test_names_that_the_model_has_not_got_are_said():
     model = classifier("vit")
-    with pytest.raises(ValueError, match="no modules.*nowhere"):
+    with pytest.raises(ValueError, match=r"no modules.*nowhere"):
         eligible_layers(model, ManifoldMixupConfig(layers=["input", "nowhere"]))
     with pytest.raises(ValueError, match="alpha is -1"):
         ManifoldMixupConfig(alpha=-1)

@@ -207,7 +207,7 @@ def test_modes_by_type_of_model():
         mode_of(text_classifier(), MaskSubConfig())
     with pytest.raises(ValueError, match="needs mask_token_id"):
         MaskSubConfig(mode="input_ids")
-    for settings, words in (({"mask_ratio": 1.0}, "mask_ratio is 1.0"), ({"mode": "x"}, "mode is 'x'"),
-                            ({"target": "x"}, "target is 'x'"), ({"pixel_patch_size": 0}, "pixel_patch_size is 0")):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            MaskSubConfig(**settings)
+    wrong = {"mask_ratio": 1.0, "mode": "x", "target": "x", "pixel_patch_size": 0}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+            MaskSubConfig(**{name: value})
