@@ -176,7 +176,31 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB" if size else "-"
 
 
+def regularizers_table(result: dict) -> str:
+    lines = [
+        "| trained with | accuracy, % | with a square hidden | half masked | negative log-likelihood | time |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = {name: list(runs.values()) for name, runs in result["rows"].items()}
+
+    def mean(name: str, figure: str) -> float:
+        return sum(run[figure] for run in rows[name]) / len(rows[name])
+
+    for name in rows:
+        shares = [f"{100 * mean(name, figure):.1f}" for figure in ("accuracy", "with a square", "half masked")]
+        times = mean(name, "seconds") / mean("none", "seconds")
+        title = "nothing of the kind" if name == "none" else name
+        lines.append(f"| {title} | {' | '.join(shares)} | {mean(name, 'nll'):.3f} | {times:.1f} |")
+    seeds = len(rows["none"])
+    return "\n".join(lines) + (
+        f"\n\nA small ResNet from scratch, {result['labels']:,} labelled pictures of Fashion-MNIST, {result['steps']} "
+        f"steps of {result['batch_size']}, crops and flips; 10,000 test pictures; means of {seeds} seeds; "
+        f"{_cores(result['environment'])} (`python benchmarks/regularizers.py`).\n"
+    )
+
+
 KINDS = {
+    "regularizers": regularizers_table,
     "cost": cost_table,
     "learning": learning_table,
     "step": step_table,

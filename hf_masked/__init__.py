@@ -12,6 +12,8 @@ from hf_masked.modeling.masked_image import *  # noqa: F403
 from hf_masked.modeling.masked_image import __all__ as _masked_image
 from hf_masked.modeling.masked_latent import *  # noqa: F403
 from hf_masked.modeling.masked_latent import __all__ as _masked_latent
+from hf_masked.modeling.masked_supervision import *  # noqa: F403
+from hf_masked.modeling.masked_supervision import __all__ as _masked_supervision
 from hf_masked.modeling.registry import CATALOGUE, get_variant
 from hf_masked.modeling.siamese import *  # noqa: F403
 from hf_masked.modeling.siamese import __all__ as _siamese
@@ -24,8 +26,9 @@ from hf_masked.processing.stereo import StereoImageProcessor
 __version__ = "0.1.0"
 
 for _variant in CATALOGUE.values():
+    _takes_pictures = _variant.kind == "model" and _variant.config.modality == "image"
     # Without torchvision AutoImageProcessor of transformers 5.17 is a stand-in that raises when it is touched.
-    if _variant.config.modality == "image" and not getattr(AutoImageProcessor, "is_dummy", False):
+    if _takes_pictures and not getattr(AutoImageProcessor, "is_dummy", False):
         _processor = globals()[_variant.config.processor]
         AutoImageProcessor.register(_variant.config, image_processor_classes={"pil": _processor})
 
@@ -39,6 +42,7 @@ __all__ = [
     "get_variant",
     *_masked_image,
     *_masked_latent,
+    *_masked_supervision,
     *_siamese,
 ]
 

@@ -210,6 +210,10 @@ def finetune(
     labels: Annotated[str, typer.Option(help="Share of the labels to use (1%, 100%) or their number.")] = "100%",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch_size: int = 64,
+    regularizer: Annotated[
+        str | None, typer.Option(help="cutout, manifold_mixup or masksub: what helps against overfitting.")
+    ] = None,
+    regularizer_options: Annotated[str, typer.Option(help="Its settings, for example '{length: 8}'.")] = "{}",
     train_split: str = "train",
     test_split: str = "test",
     image_column: str | None = None,
@@ -234,6 +238,7 @@ def finetune(
         settings=settings,
         steps=steps,
         batch_size=batch_size,
+        regularizer=_regularizer(regularizer, regularizer_options),
         seed=seed,
         label_names=names,
         output_dir=str(output),
@@ -427,6 +432,24 @@ def push(
     complete_folder(folder, repo_id)
     commit = push_folder(folder, repo_id, private=private or None, revision=revision, commit_message=message)
     typer.echo(f"Pushed {folder}: {commit.commit_url}")
+
+
+def _regularizer(name: str | None, options: str):
+    import yaml
+
+    from hf_masked.modeling.registry import get_variant
+
+    if name is None:
+        return None
+    variant = get_variant(name)
+    if variant.kind != "method":
+        raise ValueError(
+            f"{name} is a {variant.kind}, which helps no supervised learner: `hf-masked list` shows those."
+        )
+    try:
+        return variant.method(variant.config(**yaml.safe_load(options)))
+    except TypeError as error:
+        raise ValueError(f"{name} has no such settings: {options} ({error}).") from error
 
 
 def _matches_stereo(checkpoint: str) -> bool:

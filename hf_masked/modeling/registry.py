@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from hf_masked.modeling.base import VariantConfig, VariantModel
+from hf_masked.modeling.regularizers import Regularizer, RegularizerConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,9 +21,6 @@ PREFIX = "hf_masked_"
 
 # Families that need another package, and its extra: imported when they are asked for.
 LATER = {"hf_masked.modeling.weight_masking": "peft"}
-
-# How a variant is judged, see the design's section 5.
-KINDS = ("model", "method", "tuner", "procedure")
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Variant:
         convert: `convert(official state dict, config) -> our state dict`, where official weights exist.
         official_config: `official_config(official state dict) -> config`.
         example_inputs: `example_inputs(config, batch) -> inputs of forward`, where the modality's default will not do.
-        kind: "model", "method", "tuner" or "procedure".
+        kind: how it is judged (the design's section 5): "model", or "procedure" with tests of its own.
     """
 
     config: type[VariantConfig]
@@ -119,7 +117,43 @@ class TunerVariant:
         return "the frozen model's own"
 
 
-CATALOGUE: dict[str, Variant | TunerVariant] = {}
+@dataclass(frozen=True)
+class MethodVariant:
+    """An entry of the kind "method": a mask or a mix that helps a supervised learner.
+
+    Args:
+        config: its `RegularizerConfig`, which holds the paper's facts.
+        method: its `Regularizer`.
+        tiny_config: makes a config that fits pictures of 32 pixels, for tests.
+        declined_checks: conformance checks that cannot apply, {name: reason}.
+    """
+
+    config: type[RegularizerConfig]
+    method: type[Regularizer]
+    tiny_config: Callable[[], RegularizerConfig]
+    declined_checks: dict[str, str] = field(default_factory=dict)
+    kind: str = field(default="method", init=False)
+    convert: None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        return self.config.method_name
+
+    @property
+    def family(self) -> str:
+        """The folder its file stands in."""
+        return self.config.__module__.split(".")[-2]
+
+    @property
+    def classes(self) -> tuple[type, ...]:
+        return self.config, self.method
+
+    @property
+    def processor(self) -> str:
+        return "the classifier's own"
+
+
+CATALOGUE: dict[str, Variant | TunerVariant | MethodVariant] = {}
 
 
 def register_variant(**arguments) -> Variant:
@@ -131,9 +165,10 @@ def register_variant(**arguments) -> Variant:
     variant = Variant(**arguments)
     if not variant.config.model_type.startswith(PREFIX):
         raise ValueError(f"model_type {variant.config.model_type!r} must begin with {PREFIX!r}.")
-    if variant.kind not in KINDS or variant.kind == "tuner":
+    if variant.kind not in ("model", "procedure"):
         raise ValueError(
-            f"kind is {variant.kind!r}; it must be one of {', '.join(KINDS)}, and tuners enter by register_tuner."
+            f"kind is {variant.kind!r}; it must be 'model' or 'procedure' (methods enter by register_method, tuners "
+            "by register_tuner)."
         )
     _check_free(variant.name)
     AutoConfig.register(variant.config.model_type, variant.config)
@@ -151,6 +186,18 @@ def register_tuner(**arguments) -> TunerVariant:
         ValueError: for a name that is taken.
     """
     variant = TunerVariant(**arguments)
+    _check_free(variant.name)
+    CATALOGUE[variant.name] = variant
+    return variant
+
+
+def register_method(**arguments) -> MethodVariant:
+    """Enters a method into the catalogue; the arguments are those of `MethodVariant`.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    variant = MethodVariant(**arguments)
     _check_free(variant.name)
     CATALOGUE[variant.name] = variant
     return variant
@@ -176,7 +223,7 @@ def load_later_families() -> dict[str, str]:
     return missing
 
 
-def get_variant(name: str) -> Variant | TunerVariant:
+def get_variant(name: str) -> Variant | TunerVariant | MethodVariant:
     """The variant of a name.
 
     Raises:
@@ -208,10 +255,12 @@ def _image_inputs(config: VariantConfig, batch: int) -> dict[str, torch.Tensor]:
 
 __all__ = [
     "CATALOGUE",
+    "MethodVariant",
     "TunerVariant",
     "Variant",
     "get_variant",
     "load_later_families",
+    "register_method",
     "register_tuner",
     "register_variant",
     "variant_of",
