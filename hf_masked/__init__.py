@@ -3,8 +3,10 @@
 Importing this package registers every variant with transformers' Auto classes.
 """
 
-from transformers import AutoImageProcessor
+from transformers import AutoFeatureExtractor, AutoImageProcessor
 
+from hf_masked.modeling.masked_graph import *  # noqa: F403
+from hf_masked.modeling.masked_graph import __all__ as _masked_graph
 from hf_masked.modeling.masked_image import *  # noqa: F403
 from hf_masked.modeling.masked_image import __all__ as _masked_image
 from hf_masked.modeling.masked_latent import *  # noqa: F403
@@ -13,6 +15,7 @@ from hf_masked.modeling.registry import CATALOGUE, get_variant
 from hf_masked.modeling.siamese import *  # noqa: F403
 from hf_masked.modeling.siamese import __all__ as _siamese
 from hf_masked.processing.crop_pairs import CropPairImageProcessor
+from hf_masked.processing.graph_processing import GraphProcessor
 from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
 from hf_masked.processing.one_shot_detection import OneShotDetectionProcessor
@@ -25,15 +28,19 @@ for _variant in CATALOGUE.values():
     if _variant.config.modality == "image" and not getattr(AutoImageProcessor, "is_dummy", False):
         _processor = globals()[_variant.config.processor]
         AutoImageProcessor.register(_variant.config, image_processor_classes={"pil": _processor})
+    elif _variant.config.modality == "graph":
+        AutoFeatureExtractor.register(_variant.config, globals()[_variant.config.processor])
 
 __all__ = [
     "CATALOGUE",
     "CropPairImageProcessor",
+    "GraphProcessor",
     "MaskedImageProcessor",
     "MultiViewImageProcessor",
     "StereoImageProcessor",
     "OneShotDetectionProcessor",
     "get_variant",
+    *_masked_graph,
     *_masked_image,
     *_masked_latent,
     *_siamese,
