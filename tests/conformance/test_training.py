@@ -109,22 +109,23 @@ def test_plain_trainer_works(variant, tmp_path):
 DISTRIBUTED = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from hf_masked.training.launch import disconnect
 from tests.conformance.cases import MODELS, gradients, tiny_model, training_inputs
 
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-found = {}
-for variant in MODELS:
-    if "ddp" in variant.pretraining.declined_checks:
-        continue
+def gradients_of(variant, rank):
     model = DistributedDataParallel(tiny_model(variant).train())
     inputs = training_inputs(variant, model.module.config, batch=8)
     mine = {name: value[4 * rank : 4 * rank + 4] for name, value in inputs.items()}
     model(**mine).loss.backward()
-    found[variant.name] = gradients(model.module)
+    return gradients(model.module)
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+variants = [variant for variant in MODELS if "ddp" not in variant.pretraining.declined_checks]
+found = {variant.name: gradients_of(variant, rank) for variant in variants}
 if rank == 0:
     torch.save(found, sys.argv[1])
-dist.destroy_process_group()
+disconnect()
 """
 
 

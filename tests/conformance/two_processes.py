@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 
 from hf_masked.training import throughput
 from hf_masked.training.cli import main as program
+from hf_masked.training.launch import disconnect
 from tests.conformance.cases import MODELS, training_inputs
 from tests.conformance.test_training import trainer_of
 from tests.modeling.parts.tiny_twin import TINY_BATCH_NORM_TWIN, TINY_TWIN
@@ -95,3 +96,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     throughput.matmul_rate = lambda device, dtype: 1e9  # it takes its time and is measured elsewhere
     main(Path(sys.argv[1]))
+    disconnect()

@@ -20,6 +20,7 @@ from hf_masked.data import ResidentImageDataset
 from hf_masked.data.sources import ArraySource
 from hf_masked.modeling.registry import get_variant
 from hf_masked.training.arguments import PreTrainingArguments
+from hf_masked.training.launch import disconnect
 from hf_masked.training.trainer import PreTrainer
 from tests.conformance.cases import processor_of, tiny_model
 from tests.conformance.examples.image import pictures
@@ -84,7 +85,8 @@ again = trainer_of("stopped")
 assert status(again, resume_from_checkpoint=f"{sys.argv[1]}/stopped/checkpoint-6") == 0
 same_on_both(again)
 dist.barrier()
-dist.destroy_process_group()
+del trainer, stopped, again  # which hold the group
+disconnect()
 """
 
 

@@ -400,6 +400,7 @@ def test_accumulated_batches_are_measured_as_one_large_batch(checkpointing):
 TWO_PROCESSES = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from hf_masked.training.launch import disconnect
 from tests.modeling.masked_image.test_self_guided_mae import DETECTING, tiny_model
 
 dist.init_process_group("gloo")
@@ -413,7 +414,8 @@ for half in (0, 1):
     parallel(**{name: value[start : start + 2] for name, value in inputs.items()}).loss.backward()
 model.update_twins()
 torch.save((model.exploitation, model.guide_thousandth), f"{sys.argv[1]}.{rank}")
-dist.destroy_process_group()
+del parallel
+disconnect()
 """
 
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.xdist_group("two processes")
 SCRIPT = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from hf_masked.training.launch import disconnect
 from hf_masked.modeling.parts.gather import encode_shuffled, gather_rows
 from tests.modeling.siamese import test_contrast_of_two as test
 from tests.modeling.siamese.test_moco import small_model, views
@@ -48,7 +49,8 @@ found["queue"], found["pointer"], found["key"] = model.queue(), model.queue.poin
 found["plain keys"] = gather_rows(small_model().train()._keys(views(8)[4 * rank : 4 * rank + 4, 1]))
 
 torch.save(found, f"{sys.argv[1]}/{rank}.pt")
-dist.destroy_process_group()
+del model
+disconnect()
 """
 
 
