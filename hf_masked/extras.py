@@ -21,7 +21,7 @@ def import_extra(module: str, package: str, extra: str) -> ModuleType:
         if error.name != module.partition(".")[0]:
             raise
         raise ImportError(
-            f"This needs {package}, which is not installed: pip install 'hf-masked[{extra}]', or pip install {package}."
+            f"This needs {package}, which is not installed: pip install 'hf-masked[{extra}]' or {package}."
         ) from error
 
 

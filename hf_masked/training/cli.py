@@ -122,6 +122,8 @@ def _normalization_of(checkpoint: str) -> dict:
 def add_observers(trainer: PreTrainer, modality: Modality, source, data: DataArguments) -> None:
     """Adds the online probe, where there are labels, and the pictures."""
     args, processor, config = trainer.args, trainer.processing_class, trainer.model.config
+    for observer in modality.observers(trainer, source, data, config):
+        trainer.add_callback(observer)
     try:
         test_source = modality.open(data, data.test_split, config, processor)
     except ValueError as error:

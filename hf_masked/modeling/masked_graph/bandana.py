@@ -148,8 +148,7 @@ class BandanaEncoder(PreTrainedModel):
         expected = (len(self.layers), edge_index.shape[1])
         if bandwidths.shape != expected:
             raise ValueError(
-                f"`bandwidths` has shape {tuple(bandwidths.shape)}; expected {expected}, one number for each layer and "
-                "edge."
+                f"`bandwidths` has shape {tuple(bandwidths.shape)}; expected {expected}, one for each layer and edge."
             )
 
 
@@ -304,9 +303,8 @@ class BandanaPreTrainedModel(VariantModel):
     decay_everything: ClassVar[bool] = True
     sync_batch_norm: ClassVar[bool] = True
     declined_checks: ClassVar[dict[str, str]] = {
-        "ddp": "one graph is one sample, which two processes cannot share; batch norm and the means over edges take "
-        "in all of it",
-        "fsdp": "one graph is one sample, so there is no run of several processes to compare with",
+        "ddp": "one graph is one sample, which two processes cannot share; of several graphs each process would take "
+        "its own batch statistics and means over edges",
         "accumulation": "batch norm and the means over edges are those of all graphs of a step together",
         "attentions": "the encoder has graph convolutions",
         "gradient_checkpointing": "recomputing would update the statistics of batch norm twice",
@@ -324,9 +322,7 @@ class BandanaPreTrainedModel(VariantModel):
         features = torch.cat(states, dim=1) if self.config.node_features == "cat" else states[-1]
         return F.normalize(features, dim=1) if self.config.normalize_node_features else features
 
-    def link_scores(
-        self, x: torch.Tensor, edge_index: torch.Tensor, edge_label_index: torch.Tensor
-    ) -> torch.Tensor:
+    def link_scores(self, x: torch.Tensor, edge_index: torch.Tensor, edge_label_index: torch.Tensor) -> torch.Tensor:
         """How likely pairs of nodes are linked: the sigmoid of the product of their last states, without the decoder
         (`train_link.py`).
 

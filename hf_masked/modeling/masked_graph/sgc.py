@@ -1,5 +1,5 @@
-"""SGC: average the features of each node's neighbourhood a few times, then fit one linear classifier. Nothing is masked
-and nothing is pretrained: it is the baseline that a masked graph method with a linear probe must beat.
+"""SGC: average the features of each node's neighbourhood a few times, then fit one linear classifier. Nothing is
+masked and nothing is pretrained: it is the baseline that a masked graph method with a linear probe must beat.
 
 Felix Wu et al., "Simplifying Graph Convolutional Networks", ICML 2019, arXiv 1902.07153.
 Reference implementation: https://github.com/Tiiiger/SGC (`models.py`, `normalization.py`, `utils.py`, `citation.py`).
@@ -166,7 +166,6 @@ class SGCPreTrainedModel(MaybeWithoutParameters, VariantModel):
         "draws": "nothing is drawn in the model",
         "attentions": "there are none",
         "gradient_checkpointing": "one linear layer has nothing to recompute",
-        "fsdp": "one linear layer has no blocks to shard",
         "export": "the filter is the paper's own, so what is exported needs hf_masked",
     }
 

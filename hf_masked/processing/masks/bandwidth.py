@@ -1,13 +1,12 @@
 """Bandwidths: masks on edges that are no 0 and 1 (Bandana, arXiv 2402.03814, section 4.1).
 
-No edge is taken away. Each gets a random share of what its receiver may take in, and the shares of a receiver sum to 1.
+No edge is taken away. Each gets a random share of what its receiver may take in; the shares of a receiver sum to 1.
 """
 
 import math
 
 import torch
 
-from hf_masked.extras import torch_geometric
 from hf_masked.randomness import Draw
 
 # Uniform numbers are multiples of 2**-24 from 0 on. Doubled and moved by this they lie strictly between -1 and 1, in
@@ -29,9 +28,7 @@ def bandwidth_mask(draw: Draw, receivers: torch.Tensor, num_nodes: int, temperat
     return bandwidths_of(math.sqrt(2) * torch.erfinv(uniform), receivers, num_nodes, temperature)
 
 
-def bandwidths_of(
-    scores: torch.Tensor, receivers: torch.Tensor, num_nodes: int, temperature: float
-) -> torch.Tensor:
+def bandwidths_of(scores: torch.Tensor, receivers: torch.Tensor, num_nodes: int, temperature: float) -> torch.Tensor:
     """The softmax of `scores / temperature` over the edges of each receiver (equation 2).
 
     Args:
@@ -43,5 +40,8 @@ def bandwidths_of(
     Returns:
         float32 (edges,), in [0, 1], 1 in sum for each receiver.
     """
-    softmax = torch_geometric("utils").softmax
-    return softmax(scores.float() / temperature, receivers, num_nodes=num_nodes)
+    # torch-geometric's softmax would have to be imported here, which a compiled step cannot.
+    scores = scores.float() / temperature
+    largest = scores.new_full((num_nodes,), -torch.inf).scatter_reduce(0, receivers, scores, "amax")
+    shares = (scores - largest[receivers]).exp()
+    return shares / shares.new_zeros(num_nodes).index_add(0, receivers, shares)[receivers]
