@@ -77,7 +77,9 @@ class EpochIntervalCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.every_epochs and (self._due(state) > self._done or state.global_step == state.max_steps):
             self._done = self._due(state)
+            should_log = control.should_log
             self.act(state, model)
+            control.should_log = should_log  # a line that `act` logs would take the place of the step's own
 
     def _due(self, state) -> int:
         return int((state.epoch or 0.0) / self.every_epochs + 1e-6) if self.every_epochs else 0

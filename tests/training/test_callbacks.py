@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from hf_masked import MAEForPreTraining, MaskedImageProcessor
 from hf_masked.modeling.masked_image.mae import tiny_config
@@ -31,11 +31,19 @@ class Recorder(EpochIntervalCallback):
 def test_interval_callbacks_act_on_time_and_not_again_after_a_resume(every, start, expected):
     callback = Recorder(every)
     state = TrainerState(max_steps=25, global_step=start, epoch=start / 10)
-    callback.on_train_begin(None, state, None)
+    control = TrainerControl(should_log=True)
+    callback.on_train_begin(None, state, control)
     for step in range(start + 1, 26):
         state.global_step, state.epoch = step, step / 10
-        callback.on_step_end(None, state, None)
+        callback.on_step_end(None, state, control)
     assert callback.steps == expected
+
+
+def test_what_a_callback_logs_does_not_take_the_place_of_the_steps_own_line():
+    callback, control = EpochIntervalCallback(1.0), TrainerControl(should_log=True)
+    callback.act = lambda state, model: setattr(control, "should_log", False)  # as `Trainer.log` does
+    callback.on_step_end(None, TrainerState(max_steps=9, global_step=1, epoch=1.0), control)
+    assert control.should_log
 
 
 def trainer_stub(tmp_path):

@@ -221,8 +221,8 @@ class BandanaConfig(VariantConfig):
             raise ValueError(f"negative_ratio is {self.negative_ratio}; it must be above 0, for example 1.")
         if not set(self.excluded_layers) < set(range(layers)):
             raise ValueError(
-                f"excluded_layers is {list(self.excluded_layers)}; the encoder's layers are 0 to {layers - 1}, and one "
-                "at least must stay."
+                f"excluded_layers is {list(self.excluded_layers)}; the encoder's layers are 0 to {layers - 1}, and "
+                "one at least must stay."
             )
         if self.decoder_num_layers < 1:
             raise ValueError(f"decoder_num_layers is {self.decoder_num_layers}; it must be at least 1.")
