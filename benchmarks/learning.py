@@ -36,6 +36,9 @@ from hf_masked.training.recipes import parse
 # Share of the labels that fine-tuning gets.
 LABELS = 0.01
 
+# Linear heads: trained until they have converged, and as MAE's own program sets it.
+HEADS = ("batchnorm", "reference")
+
 # Decaying the learning rate towards the input is for encoders that know something; from scratch one rate, at half the
 # height, does better.
 FROM_SCRATCH = {"layer_decay": None, "base_learning_rate": 8e-3}
@@ -78,7 +81,7 @@ def run_seed(recipe: str, seed: int, flags: list[str], output: str) -> dict:
 def judged(encoder, settings: ImageSettings, splits: list, seed: int, finetune_options: dict) -> dict:
     """All measures of an encoder, or of raw pixels for None; taken from `runs/judged` where it was judged before."""
     weights, form = ({}, None) if encoder is None else (encoder.state_dict(), encoder.config.to_diff_dict())
-    digest = hashlib.sha256(repr((form, settings, seed, finetune_options, LABELS)).encode())
+    digest = hashlib.sha256(repr((form, settings, seed, finetune_options, LABELS, HEADS)).encode())
     for images, labels in splits:
         digest.update(images.numpy().tobytes() + labels.numpy().tobytes())
     for name, tensor in weights.items():
@@ -86,10 +89,16 @@ def judged(encoder, settings: ImageSettings, splits: list, seed: int, finetune_o
     path = Path("runs/judged") / f"{digest.hexdigest()[:32]}.json"
     if not path.exists():
         if encoder is None:
-            figures = evaluate_raw_pixels(*splits, seed=seed)
+            figures = evaluate_raw_pixels(*splits, linear=HEADS, seed=seed)
         else:
             figures = evaluate_encoder(
-                encoder, settings, *splits, finetune=(LABELS,), seed=seed, finetune_options=finetune_options
+                encoder,
+                settings,
+                *splits,
+                linear=HEADS,
+                finetune=(LABELS,),
+                seed=seed,
+                finetune_options=finetune_options,
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(figures))

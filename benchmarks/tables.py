@@ -25,6 +25,7 @@ PAGES = ("README.md", "model_cards/*.md", "docs/**/*.md")
 MEASURES = {
     "finetune_0.01": "fine-tuned with 1 % of the labels",
     "linear_batchnorm": "linear probe",
+    "linear_reference": "linear probe, MAE's settings",
     "knn": "kNN",
 }
 ROWS = {"pretrained": "pretrained", "untrained": "untrained / from scratch", "raw pixels": "raw pixels"}
@@ -32,9 +33,11 @@ ROWS = {"pretrained": "pretrained", "untrained": "untrained / from scratch", "ra
 
 def learning_table(result: dict) -> str:
     seeds = list(result["seeds"].values())
-    lines = ["| accuracy, % | " + " | ".join(MEASURES.values()) + " |", "|---|" + "---|" * len(MEASURES)]
+    measures = [measure for measure in MEASURES if measure in result["summary"]["pretrained"]]
+    titles = " | ".join(MEASURES[measure] for measure in measures)
+    lines = [f"| accuracy, % | {titles} |", "|---|" + "---|" * len(measures)]
     for key, title in ROWS.items():
-        cells = [_cell(result["summary"][key].get(measure), len(seeds)) for measure in MEASURES]
+        cells = [_cell(result["summary"][key].get(measure), len(seeds)) for measure in measures]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     minutes = sum(run["pretraining_seconds"] for run in seeds) / len(seeds) / 60
     spread = f"mean (lowest to highest) of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
@@ -56,10 +59,7 @@ def methods_table() -> str:
         seeds, rows = list(result["seeds"].values()), result["summary"]
         settings = read_recipe(ROOT / result["recipe"])
         minutes = sum(run["pretraining_seconds"] for run in seeds) / len(seeds) / 60
-        pairs = [
-            f"{100 * rows['pretrained'][measure]['mean']:.1f} / {100 * rows['untrained'][measure]['mean']:.1f}"
-            for measure in MEASURES
-        ]
+        pairs = [_pair(rows["pretrained"].get(measure), rows["untrained"].get(measure)) for measure in MEASURES]
         facts = [settings["method"], settings["model"]["backbone_config"]["model_type"]]
         facts += [f"{seeds[0]['epochs']:g}, {minutes:.0f}", str(len(seeds))]
         lines.append("| " + " | ".join(facts + pairs) + " |")
@@ -68,6 +68,10 @@ def methods_table() -> str:
         "`recipes/<method>_fashion_mnist.yaml`; minutes are of one or two busy cores, and the runs are of unequal "
         "cost: this is no ranking.\n"
     )
+
+
+def _pair(pretrained: dict | None, untrained: dict | None) -> str:
+    return f"{100 * pretrained['mean']:.1f} / {100 * untrained['mean']:.1f}" if pretrained else "-"
 
 
 def _cell(figures: dict | None, seeds: int) -> str:

@@ -9,7 +9,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from hf_masked.training.optimization import LARS
 
-HEADS = ("batchnorm", "logistic")
+HEADS = ("batchnorm", "reference", "logistic")
 
 
 def linear_probe(
@@ -28,7 +28,7 @@ def linear_probe(
         train_labels: int64 (n,), classes from 0.
         test_features: float (m, width).
         test_labels: int64 (m,).
-        head: "batchnorm", see `batchnorm_head`; "logistic", see `logistic_head`.
+        head: "batchnorm", see `batchnorm_head`; "reference", see `reference_head`; "logistic", see `logistic_head`.
         seed: of initial weights and of the order of the pictures.
         options: further arguments of the head.
 
@@ -40,7 +40,7 @@ def linear_probe(
     """
     if head not in HEADS:
         raise ValueError(f"head is {head!r}; it must be one of {', '.join(HEADS)}.")
-    fit = batchnorm_head if head == "batchnorm" else logistic_head
+    fit = {"batchnorm": batchnorm_head, "reference": reference_head, "logistic": logistic_head}[head]
     predict = fit(train_features, train_labels, seed=seed, **options)
     return {
         "accuracy": _accuracy(predict(test_features), test_labels),
@@ -93,6 +93,23 @@ def batchnorm_head(
         return model(features.to(device).float()).argmax(dim=1)
 
     return predict
+
+
+def reference_head(
+    features: torch.Tensor, labels: torch.Tensor, seed: int = 0, epochs: int = 90, batch_size: int = 512
+):
+    """`batchnorm_head` as the reference's program sets it for any data (`main_linprobe.py`): 90 epochs, 10 of them
+    warm-up, and the learning rate 0.1 x batch / 256.
+
+    On small data this stops long before the head has converged, which favours features that separate the classes
+    well over features that merely contain them: the untrained network's above all.
+
+    Returns:
+        See `batchnorm_head`.
+    """
+    steps = epochs * max(1, len(features) // batch_size)
+    learning_rate = 0.1 * batch_size / 256
+    return batchnorm_head(features, labels, seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
 
 
 def logistic_head(features: torch.Tensor, labels: torch.Tensor, seed: int = 0, C: float = 1.0, max_iter: int = 1000):

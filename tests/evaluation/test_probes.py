@@ -55,6 +55,14 @@ def test_linear_probe_separates_what_is_separable(head, options):
     assert by_chance["accuracy"] < 0.6
 
 
+def test_reference_head_has_the_settings_of_maes_program():
+    """`main_linprobe.py`: 90 epochs, 10 of them warm-up, learning rate 0.1 x batch / 256."""
+    generator = torch.Generator().manual_seed(0)
+    train, test = clusters(generator, 300, 0.5), clusters(generator, 100, 0.5)
+    settings = {"steps": 90 * 4, "warmup": 10 / 90, "batch_size": 64, "learning_rate": 0.1 * 64 / 256}
+    assert linear_probe(*train, *test, head="reference", batch_size=64) == linear_probe(*train, *test, **settings)
+
+
 def test_batch_norm_head_draws_from_its_seed_only():
     train = clusters(torch.Generator().manual_seed(0), 60, 1.0)
     state = torch.get_rng_state()
@@ -63,7 +71,7 @@ def test_batch_norm_head_draws_from_its_seed_only():
 
 
 def test_linear_probe_knows_its_heads():
-    with pytest.raises(ValueError, match="batchnorm, logistic"):
+    with pytest.raises(ValueError, match="batchnorm, reference, logistic"):
         linear_probe(torch.ones(2, 2), torch.zeros(2), torch.ones(2, 2), torch.zeros(2), head="mlp")
 
 

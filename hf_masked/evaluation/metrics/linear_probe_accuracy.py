@@ -15,7 +15,8 @@ _INPUTS = """Args:
     features: float vectors of the test pictures.
     references: their classes, from 0.
     train_features, train_labels: the same of the pictures that the probe is trained on.
-    head: "batchnorm" (MAE's) or "logistic" (scikit-learn's logistic regression).
+    head: "batchnorm" (MAE's, trained until it has converged), "reference" (MAE's, with its program's settings) or
+        "logistic" (scikit-learn's logistic regression).
     seed: of initial weights and order.
     options: further arguments of the head.
 Returns:
