@@ -12,6 +12,7 @@ from hf_masked import MAEForPreTraining, MaskedImageProcessor
 from hf_masked.modeling.masked_image.mae import tiny_config
 from hf_masked.training.callbacks import EpochIntervalCallback, OnlineProbeCallback, PictureCallback
 from hf_masked.training.modalities.image import MODALITY
+from hf_masked.training.throughput import ThroughputMeter
 from hf_masked.training.visualization import embedding_plot, loss_curve, picture_grid
 
 
@@ -54,7 +55,7 @@ def trainer_stub(tmp_path):
         processing_class=MaskedImageProcessor(**config.processor_settings()),
         log=logged.update,
         logged=logged,
-        throughput=SimpleNamespace(reset=lambda: None),
+        throughput=ThroughputMeter(torch.device("cpu"), torch.float32),
         args=SimpleNamespace(output_dir=str(tmp_path), device=torch.device("cpu")),
         is_world_process_zero=lambda: True,
         callback_handler=SimpleNamespace(callbacks=[]),

@@ -68,7 +68,6 @@ class LinkCallback(EpochIntervalCallback):
             for name, value in link_prediction(model, self.trainer.processing_class, self.split, part).items()
         }
         self.trainer.log(figures)
-        self.trainer.throughput.reset()
 
 
 class NodeAccuracyCallback(EpochIntervalCallback):
@@ -88,7 +87,6 @@ class NodeAccuracyCallback(EpochIntervalCallback):
         self.trainer.log(
             {f"{part}_accuracy": round(node_accuracy(model, *rows), 4) for part, rows in self.rows.items()}
         )
-        self.trainer.throughput.reset()
 
 
 class Graphs(Modality):

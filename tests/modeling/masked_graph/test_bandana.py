@@ -21,6 +21,8 @@ from hf_masked.modeling.masked_graph.bandana import convert_official_weights, of
 from hf_masked.processing.masks.bandwidth import bandwidth_mask, bandwidths_of
 from hf_masked.processing.masks.non_edges import draw_non_edges
 from hf_masked.randomness import given_draw, keyed_draw, torch_draw
+from hf_masked.training.cli import train
+from hf_masked.training.recipes import parse
 from tests.parity.fill import filled, filled_pixels
 
 PARITY = json.loads((Path(__file__).parents[2] / "parity" / "bandana.json").read_text())
@@ -379,3 +381,16 @@ def test_loss_falls_on_a_graph_of_two_groups():
     low, high = torch.triu_indices(60, 60, 1)
     same = group[low] == group[high]
     assert scores[same].mean() > scores[~same].mean() + 0.1
+
+
+CITATIONS = Path(__file__).parents[4] / "shared" / "data" / "graphs"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CITATIONS.is_dir(), reason="needs the citation graphs in ../shared/data/graphs")
+def test_links_of_cora_are_found_after_200_epochs(tmp_path):
+    recipe = Path(__file__).parents[3] / "recipes" / "bandana_cora.yaml"
+    run = ["--dataset_name", str(CITATIONS / "cora.npz"), "--output_dir", str(tmp_path), "--disable_tqdm", "true"]
+    short = ["--max_steps", "200", "--probe_every_epochs", "200", "--save_strategy", "no"]
+    history = train(*parse(["--config", str(recipe), *run, *short])).state.log_history
+    assert [line["test_link_auc"] for line in history if "test_link_auc" in line][-1] > 0.93

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -12,6 +13,8 @@ from hf_masked import GraphProcessor, SGCConfig, SGCFilter, SGCFilterConfig, SGC
 from hf_masked.modeling.masked_graph.sgc import convert_official_weights, official_config
 from hf_masked.modeling.parts import graph as graph_parts
 from hf_masked.modeling.parts.graph import normalized_edges, propagate
+from hf_masked.training.cli import train
+from hf_masked.training.recipes import parse
 from tests.parity.fill import filled, filled_pixels
 
 PARITY = json.loads((Path(__file__).parents[2] / "parity" / "sgc.json").read_text())
@@ -219,3 +222,49 @@ def test_inputs_and_settings_that_do_not_fit_are_named():
         SGCFilterConfig(num_hops=-1)
     with pytest.raises(ValueError, match="self_loops is 'twice'"):
         SGCFilterConfig(self_loops="twice")
+
+
+# --- it learns ---
+
+
+def accuracy(graph: dict[str, torch.Tensor], labels: torch.Tensor, train: torch.Tensor, num_hops: int) -> float:
+    """On the nodes that are not for training, after the reference's training."""
+    torch.manual_seed(0)
+    features = graph["x"].shape[1]
+    backbone_config = SGCFilterConfig(num_features=features, num_hops=num_hops)
+    model = SGCForNodeClassification(SGCConfig(backbone_config=backbone_config, num_labels=int(labels.max()) + 1))
+    rows = model.backbone(**graph).last_hidden_state
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.2, weight_decay=5e-6)
+    for _ in range(100):
+        loss = model(propagated_x=rows[train], labels=labels[train]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rest = torch.ones(len(labels), dtype=torch.bool).index_fill(0, train, False)
+    return model(propagated_x=rows[rest], labels=labels[rest]).accuracy.item()
+
+
+def test_neighbours_of_digits_help_five_labels_of_each_class():
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import kneighbors_graph
+
+    digits = load_digits()
+    edges = torch.from_numpy(np.stack(kneighbors_graph(digits.data, 8).nonzero())).long()
+    processor = GraphProcessor(feature_scaling="columns")
+    graph = processor.prepare({"x": torch.from_numpy(digits.data), "edge_index": edges})
+    labels = torch.from_numpy(digits.target)
+    train = torch.cat([(labels == digit).nonzero()[:5, 0] for digit in range(10)])
+    assert accuracy(graph, labels, train, num_hops=2) > accuracy(graph, labels, train, num_hops=0) + 0.04
+
+
+CITATIONS = Path(__file__).parents[4] / "shared" / "data" / "graphs"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CITATIONS.is_dir(), reason="needs the citation graphs in ../shared/data/graphs")
+@pytest.mark.parametrize(("name", "least", "most"), [("cora", 0.805, 0.815), ("citeseer", 0.714, 0.724)])
+def test_accuracy_on_citations_is_the_papers(name, least, most, tmp_path):
+    recipe = Path(__file__).parents[3] / "recipes" / f"sgc_{name}.yaml"
+    run = ["--dataset_name", str(CITATIONS / f"{name}.npz"), "--output_dir", str(tmp_path), "--disable_tqdm", "true"]
+    history = train(*parse(["--config", str(recipe), *run])).state.log_history
+    assert least <= [line["test_accuracy"] for line in history if "test_accuracy" in line][-1] <= most
