@@ -139,6 +139,12 @@ def evaluate(
     retrieve: Annotated[
         bool, typer.Option("--retrieval", help="Recall@k and mean average precision among the test pictures.")
     ] = False,
+    one_shot: Annotated[
+        int, typer.Option(help="Ways of one-shot questions about the test pictures, e.g. 20; 0 for none.")
+    ] = 0,
+    propagation: Annotated[
+        bool, typer.Option("--propagation", help="Instead: carry masks through the clips of a folder like DAVIS's.")
+    ] = False,
     finetune: Annotated[list[str], typer.Option(help="Shares of labels to fine-tune with, e.g. 1%, or counts.")] = [],  # noqa: B006
     train_split: str = "train",
     test_split: str = "test",
@@ -150,26 +156,35 @@ def evaluate(
         Path | None, typer.Option(help="JSON file; by default evaluation.json in the checkpoint.")
     ] = None,
 ) -> None:
-    """Judges an encoder, ours or any of transformers, on labelled pictures; writes JSON."""
+    """Judges an encoder, ours or any of transformers, on labelled pictures; writes JSON.
+
+    A model of stereo matching is judged on pairs with disparities.
+    """
     from hf_masked.evaluation.features import load_encoder
     from hf_masked.evaluation.report import evaluate_encoder, write_report
     from hf_masked.training.cards import hub_id, write_card
 
-    encoder, settings = load_encoder(checkpoint)
-    train, test, name, _ = _labelled(
-        dataset_name, settings, (train_split, test_split), image_column, label_column, limit, seed
-    )
-    results = evaluate_encoder(
-        encoder,
-        settings,
-        train,
-        test,
-        knn=knn,
-        linear=tuple(linear),
-        retrieve=retrieve,
-        finetune=tuple(_share_or_count(text) for text in finetune),
-        seed=seed,
-    )
+    if _matches_stereo(checkpoint):
+        results, name = _judged_on_pairs(checkpoint, dataset_name, test_split)
+    elif propagation:
+        results, name = _judged_on_clips(checkpoint, dataset_name)
+    else:
+        encoder, settings = load_encoder(checkpoint)
+        train, test, name, _ = _labelled(
+            dataset_name, settings, (train_split, test_split), image_column, label_column, limit, seed
+        )
+        results = evaluate_encoder(
+            encoder,
+            settings,
+            train,
+            test,
+            knn=knn,
+            linear=tuple(linear),
+            retrieve=retrieve,
+            one_shot=one_shot,
+            finetune=tuple(_share_or_count(text) for text in finetune),
+            seed=seed,
+        )
     for measure, figures in results.items():
         typer.echo(f"{measure:<24}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     path = output or (Path(checkpoint) / "evaluation.json" if Path(checkpoint).is_dir() else Path("evaluation.json"))
@@ -412,6 +427,36 @@ def push(
     complete_folder(folder, repo_id)
     commit = push_folder(folder, repo_id, private=private or None, revision=revision, commit_message=message)
     typer.echo(f"Pushed {folder}: {commit.commit_url}")
+
+
+def _matches_stereo(checkpoint: str) -> bool:
+    from transformers import AutoConfig
+
+    import hf_masked  # noqa: F401 (registers the methods)
+
+    return getattr(AutoConfig.from_pretrained(checkpoint), "sample", None) == "stereo"
+
+
+def _judged_on_pairs(checkpoint: str, dataset_name: str, split: str) -> tuple[dict, str]:
+    """Errors of disparities, and the name of the pairs."""
+    from hf_masked.data.stereo import load_stereo
+    from hf_masked.evaluation.stereo import StereoMatcher, evaluate_pairs
+
+    matcher = StereoMatcher.from_pretrained(checkpoint)
+    config, size = matcher.model.config, tuple(matcher.processor.size.values())
+    source = load_stereo(dataset_name, split, size, config.max_disparity, config.num_channels)
+    return {"stereo": evaluate_pairs(matcher, source)}, source.name
+
+
+def _judged_on_clips(checkpoint: str, folder: str) -> tuple[dict, str]:
+    """J and F of masks that are carried through clips, and the name of these."""
+    from hf_masked.data.annotated_clips import annotated_clips
+    from hf_masked.evaluation.features import load_encoder
+    from hf_masked.evaluation.label_propagation import evaluate_clips
+
+    encoder, settings = load_encoder(checkpoint)
+    clips = annotated_clips(folder, settings.num_channels)
+    return {"label_propagation": evaluate_clips(encoder, settings, clips)}, folder
 
 
 def _processor_for(settings):
