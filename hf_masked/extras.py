@@ -4,6 +4,10 @@ from importlib import import_module
 from types import ModuleType
 
 
+class MissingPackageError(ImportError):
+    """A package that only some methods need is not installed; the message is one line with the remedy."""
+
+
 def import_extra(module: str, package: str, extra: str) -> ModuleType:
     """A module of a package that an extra of ours installs.
 
@@ -13,14 +17,14 @@ def import_extra(module: str, package: str, extra: str) -> ModuleType:
         extra: of ours, for example "graph".
 
     Raises:
-        ImportError: in one line that says how to install it, where it is missing.
+        MissingPackageError: in one line that says how to install it, where it is missing.
     """
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
-        raise ImportError(
+        raise MissingPackageError(
             f"This needs {package}, which is not installed: pip install 'hf-masked[{extra}]' or {package}."
         ) from error
 

@@ -63,7 +63,7 @@ def load_graph(name: str, cache_dir: str | None = None) -> Graph:
 
     Raises:
         ValueError: for an unknown name or a file with something else in it.
-        ImportError: where torch-geometric is needed and missing.
+        MissingPackageError: where torch-geometric is needed and missing.
     """
     if name.endswith(".npz"):
         return _from_npz(Path(name))

@@ -20,6 +20,7 @@ from hf_masked.data.graphs import (
 )
 from hf_masked.evaluation.graphs import link_prediction, node_probe
 from hf_masked.modeling.registry import get_variant
+from hf_masked.training.cli import main
 
 
 def ring(nodes: int = 40, features: int = 3) -> Graph:
@@ -82,26 +83,31 @@ def test_what_is_no_graph_is_named(tmp_path):
         load_graph(str(tmp_path / "beyond.npz"))
 
 
-class Missing:
-    """An import hook: torch-geometric is not installed."""
+@pytest.fixture
+def without_torch_geometric(monkeypatch):
+    """As where it is not installed."""
 
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] == "torch_geometric":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    class Missing:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name.partition(".")[0] == "torch_geometric":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-
-def test_without_torch_geometric_one_line_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "torch_geometric"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+
+
+def test_without_torch_geometric_one_line_says_what_to_install(without_torch_geometric, tmp_path, capsys):
     bandana, sgc = get_variant("bandana"), get_variant("sgc")
+    remedy = r"^This needs torch-geometric.*pip install 'hf-masked\[graph\]'"
     for needs in (lambda: bandana.model(bandana.tiny_config()), lambda: load_graph("karate_club")):
-        with pytest.raises(
-            ImportError, match=r"^This needs torch-geometric.*pip install 'hf-masked\[graph\]'"
-        ) as error:
+        with pytest.raises(ImportError, match=remedy):
             needs()
-        assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit) as end:
+        main(["--method", "bandana", "--dataset_name", "karate_club", "--output_dir", str(tmp_path)])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("train.py: This needs torch-geometric")
     model = sgc.pretraining(sgc.tiny_config())
     assert model(**sgc.inputs(model.config, 2)).loss.isfinite()
 
