@@ -199,9 +199,29 @@ def regularizers_table(result: dict) -> str:
     )
 
 
+def graphs_table(result: dict) -> str:
+    lines = ["| | Cora | Citeseer | the papers' |", "|---|---|---|---|"]
+    for title, row in result["rows"].items():
+        cells = [_seeds_cell(row["graphs"].get(graph)) for graph in ("cora", "citeseer")]
+        lines.append(f"| {title} | " + " | ".join(cells) + f" | {row['paper']} |")
+    return "\n".join(lines) + (
+        f"\n\nPer cent; mean (lowest to highest), number of seeds. {result['protocol']} Recipes: "
+        f"{', '.join(f'`{name}`' for name in result['recipes'])}; {_cores(result['environment'])}, torch-geometric "
+        f"{result['environment']['torch_geometric']} (`python benchmarks/graphs.py`).\n"
+    )
+
+
+def _seeds_cell(figures: dict | None) -> str:
+    if figures is None:
+        return "-"
+    values = [100 * value for value in figures["seeds"].values()]
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f}), {len(values)}"
+
+
 KINDS = {
     "regularizers": regularizers_table,
     "cost": cost_table,
+    "graphs": graphs_table,
     "learning": learning_table,
     "step": step_table,
     "feeding": feeding_table,

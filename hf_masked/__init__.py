@@ -6,8 +6,11 @@ Importing this package registers every variant with transformers' Auto classes. 
 
 from importlib import import_module
 
-from transformers import AutoImageProcessor
+from transformers import AutoFeatureExtractor, AutoImageProcessor, FeatureExtractionMixin
+from transformers.image_processing_base import ImageProcessingMixin
 
+from hf_masked.modeling.masked_graph import *  # noqa: F403
+from hf_masked.modeling.masked_graph import __all__ as _masked_graph
 from hf_masked.modeling.masked_image import *  # noqa: F403
 from hf_masked.modeling.masked_image import __all__ as _masked_image
 from hf_masked.modeling.masked_latent import *  # noqa: F403
@@ -18,6 +21,7 @@ from hf_masked.modeling.registry import CATALOGUE, get_variant
 from hf_masked.modeling.siamese import *  # noqa: F403
 from hf_masked.modeling.siamese import __all__ as _siamese
 from hf_masked.processing.crop_pairs import CropPairImageProcessor
+from hf_masked.processing.graph_processing import GraphProcessor
 from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
 from hf_masked.processing.one_shot_detection import OneShotDetectionProcessor
@@ -26,20 +30,25 @@ from hf_masked.processing.stereo import StereoImageProcessor
 __version__ = "0.1.0"
 
 for _variant in CATALOGUE.values():
-    _takes_pictures = _variant.kind == "model" and _variant.config.modality == "image"
+    if _variant.kind != "model":
+        continue
+    _processor = globals()[_variant.config.processor]
+    if issubclass(_processor, FeatureExtractionMixin):
+        AutoFeatureExtractor.register(_variant.config, _processor)
     # Without torchvision AutoImageProcessor of transformers 5.17 is a stand-in that raises when it is touched.
-    if _takes_pictures and not getattr(AutoImageProcessor, "is_dummy", False):
-        _processor = globals()[_variant.config.processor]
+    elif issubclass(_processor, ImageProcessingMixin) and not getattr(AutoImageProcessor, "is_dummy", False):
         AutoImageProcessor.register(_variant.config, image_processor_classes={"pil": _processor})
 
 __all__ = [
     "CATALOGUE",
     "CropPairImageProcessor",
+    "GraphProcessor",
     "MaskedImageProcessor",
     "MultiViewImageProcessor",
     "StereoImageProcessor",
     "OneShotDetectionProcessor",
     "get_variant",
+    *_masked_graph,
     *_masked_image,
     *_masked_latent,
     *_masked_supervision,

@@ -117,14 +117,16 @@ def export(
     ] = False,
 ) -> None:
     """The plain encoder, which loads where hf_masked is not installed."""
-    from transformers import AutoImageProcessor, AutoModelForPreTraining
+    from transformers import AutoModelForPreTraining
 
     import hf_masked  # noqa: F401 (registers the methods)
     from hf_masked.training.export import export_encoder
+    from hf_masked.training.hub import processor_of
 
     model = AutoModelForPreTraining.from_pretrained(checkpoint)
-    export_encoder(model, AutoImageProcessor.from_pretrained(checkpoint), output, rgb=rgb)
-    typer.echo(f"Wrote {output}: a plain {type(model.backbone).__name__} and its image processor.")
+    export_encoder(model, processor_of(model), output, rgb=rgb)
+    what = " and its image processor" if model.config.modality == "image" else ""
+    typer.echo(f"Wrote {output}: a plain {type(model.backbone).__name__}{what}.")
 
 
 @app.command()
