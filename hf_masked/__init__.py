@@ -9,6 +9,8 @@ from hf_masked.modeling.masked_image import *  # noqa: F403
 from hf_masked.modeling.masked_image import __all__ as _masked_image
 from hf_masked.modeling.masked_latent import *  # noqa: F403
 from hf_masked.modeling.masked_latent import __all__ as _masked_latent
+from hf_masked.modeling.masked_video import *  # noqa: F403
+from hf_masked.modeling.masked_video import __all__ as _masked_video
 from hf_masked.modeling.registry import CATALOGUE, get_variant
 from hf_masked.modeling.siamese import *  # noqa: F403
 from hf_masked.modeling.siamese import __all__ as _siamese
@@ -36,5 +38,6 @@ __all__ = [
     "get_variant",
     *_masked_image,
     *_masked_latent,
+    *_masked_video,
     *_siamese,
 ]

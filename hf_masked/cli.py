@@ -131,7 +131,7 @@ def evaluate(
     knn: Annotated[bool, typer.Option(help="Weighted k nearest neighbours.")] = True,
     linear: Annotated[list[str], typer.Option(help="Heads of linear probes: batchnorm, reference, logistic.")] = [
         "batchnorm"
-    ],  # noqa: B006
+    ],
     retrieve: Annotated[
         bool, typer.Option("--retrieval", help="Recall@k and mean average precision among the test pictures.")
     ] = False,
