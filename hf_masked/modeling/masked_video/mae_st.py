@@ -49,8 +49,8 @@ class MAESTConfig(MaskedPatchesConfig):
     """Config of MAE-ST.
 
     Args:
-        backbone_config: a ViViT config; by default ViT-B with tubelets of 2 x 16 x 16 on 16 frames. `hidden_act` should
-            be "gelu"; ViViT's own default is an approximation of it.
+        backbone_config: a ViViT config; by default ViT-B with tubelets of 2 x 16 x 16 on 16 frames. `hidden_act`
+            should be "gelu"; ViViT's own default is an approximation of it.
         mask_ratio: share of the tubelets that the encoder does not see, in [0, 1).
         mask_kind: "random", "tube" (the same places at all times) or "frame" (whole times).
         mask_options: further arguments of the mask function.
@@ -290,8 +290,8 @@ class ClipDecoder(nn.Module):
 
 
 class MAESTModel(MaskedFeatures, MAESTPreTrainedModel):
-    """The encoder: without a mask it is the plain backbone, with one it sees the visible tubelets only. It takes single
-    clips, float (batch, frames, channels, height, width)."""
+    """The encoder: without a mask it is the plain backbone, with one it sees the visible tubelets only. It takes
+    single clips, float (batch, frames, channels, height, width)."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"decoder\..*"]
 
@@ -392,8 +392,8 @@ class MAESTForPreTraining(MAESTPreTrainedModel):
 
 
 class MAESTForVideoClassification(MAESTPreTrainedModel):
-    """The fine-tuning encoder: mean of the tubelets' tokens without the class token, then the encoder's own final norm,
-    dropout and a linear layer (`models_vit.py`). It takes single clips."""
+    """The fine-tuning encoder: mean of the tubelets' tokens without the class token, then the encoder's own final
+    norm, dropout and a linear layer (`models_vit.py`). It takes single clips."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"decoder\..*"]
 

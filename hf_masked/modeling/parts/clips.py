@@ -21,8 +21,8 @@ def tubelet_grid(num_frames: int, height: int, width: int, tubelet_size: Grid) -
     """
     if num_frames % tubelet_size[0]:
         raise ValueError(
-            f"Clips of {num_frames} frames cannot be cut into tubelets of {tubelet_size[0]} frames: take a multiple of "
-            "them, or change `tubelet_size`."
+            f"Clips of {num_frames} frames cannot be cut into tubelets of {tubelet_size[0]} frames: take a multiple "
+            "of them, or change `tubelet_size`."
         )
     return num_frames // tubelet_size[0], *patch_grid(height, width, tubelet_size[1:])
 
@@ -40,7 +40,8 @@ def check_clips(pixel_values: torch.Tensor, num_channels: int, tubelet_size: Gri
         repeats: clips of each video.
 
     Raises:
-        ValueError: for another rank, another number of repeats or channels, or a size that the tubelet does not divide.
+        ValueError: for another rank, another number of repeats or channels, or a size that the tubelet does not
+            divide.
     """
     leading = "batch" if repeats == 1 else f"batch, {repeats} repeated samples"
     rank = 5 if repeats == 1 else 6
@@ -124,7 +125,8 @@ def joint_positions(class_token: torch.Tensor, temporal: torch.Tensor, spatial: 
 
 
 def fit_clip_positions(table: torch.Tensor, source: Grid, target: Grid) -> torch.Tensor:
-    """Fits a joint table to another grid: bicubically over space, then linearly over time; the class token's row stays.
+    """Fits a joint table to another grid: bicubically over space, then linearly over time; the class token's row
+    stays.
 
     Args:
         table: (1, 1 + source tubelets, dim).
@@ -173,7 +175,7 @@ def encode_visible_clip(
         positions, clip_grid_of(backbone.config), tubelet_grid(num_frames, height, width, size)
     )
     class_token, positions = embeddings.cls_token + positions[:, :1], positions[:, 1:]
-    # A convolution whose stride is its kernel is a linear layer on tubelets, and as such runs on the visible ones only.
+    # A convolution whose stride is its kernel is a linear layer on tubelets; it runs on the visible ones only.
     tubelets = patchify_clip(pixel_values, size)  # (batch, tubelets, values)
     if visible is not None:
         tubelets, positions = take(tubelets, visible), positions[0][visible]
