@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import sys
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -129,9 +130,10 @@ def evaluate(
     checkpoint: Checkpoint,
     dataset_name: DatasetName = "fashion_mnist",
     knn: Annotated[bool, typer.Option(help="Weighted k nearest neighbours.")] = True,
-    linear: Annotated[list[str], typer.Option(help="Heads of linear probes: batchnorm, reference, logistic.")] = [
-        "batchnorm"
-    ],
+    linear: Annotated[
+        list[str],
+        typer.Option(help="Heads of linear probes: batchnorm, reference, logistic."),
+    ] = ["batchnorm"],  # noqa: B006
     retrieve: Annotated[
         bool, typer.Option("--retrieval", help="Recall@k and mean average precision among the test pictures.")
     ] = False,
@@ -232,33 +234,68 @@ def visualize(
     ],
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("visualization.png"),
     rows: Annotated[int, typer.Option(help="Pictures, or pairs, drawn at most.")] = 8,
+    nearest: Annotated[
+        int, typer.Option(help="Instead: so many nearest neighbours of the first pictures among all, by the encoder.")
+    ] = 0,
 ) -> None:
-    """Draws what a method masks and what it predicts, or the views that it compares."""
+    """Draws what a method masks and what it predicts, or the views that it compares, or what it finds alike."""
+    import hf_masked  # noqa: F401 (registers the methods)
+
+    picture = _neighbours(checkpoint, images, rows, nearest) if nearest else _panels(checkpoint, images, rows)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(output)
+    typer.echo(f"Wrote {output}.")
+
+
+def _panels(checkpoint: str, images: list[Path], rows: int):
+    """What a method masks and predicts, or compares."""
     from transformers import AutoImageProcessor, AutoModelForPreTraining
 
-    import hf_masked  # noqa: F401 (registers the methods)
-    from hf_masked.processing.decoding import BadImageError, open_image
     from hf_masked.training.visualization import picture_grid
 
     model = AutoModelForPreTraining.from_pretrained(checkpoint).eval()
     processor = AutoImageProcessor.from_pretrained(checkpoint)
     pictures_per_sample = 1 if model.config.sample == "picture" else processor.num_views
-    pictures = []
-    for path in _image_files(images):
-        try:
-            pictures.append(open_image(str(path), str(path)))
-        except BadImageError as error:
-            typer.echo(f"left out: {error}", err=True)
-        if len(pictures) == rows * pictures_per_sample:
-            break
-    if not pictures:
-        raise ValueError(f"There is no readable picture in {', '.join(map(str, images))}.")
+    pictures = list(_readable(images, rows * pictures_per_sample).values())
     if model.config.sample != "picture":
         pictures = _in_samples(pictures, pictures_per_sample)
     panels = model.pictures(processor.picture_inputs(processor.prepare(pictures)))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    picture_grid({name: processor.denormalize(panel) for name, panel in panels.items()}, rows).save(output)
-    typer.echo(f"Wrote {output}.")
+    return picture_grid({name: processor.denormalize(panel) for name, panel in panels.items()}, rows)
+
+
+def _neighbours(checkpoint: str, images: list[Path], rows: int, count: int):
+    """The first picture of each folder, then the second of each, ..., with their nearest neighbours among all; folders
+    are classes, where there are several."""
+    from hf_masked.evaluation.features import extract_features, load_encoder
+    from hf_masked.evaluation.retrieval import nearest
+    from hf_masked.training.visualization import retrieval_grid
+
+    encoder, settings = load_encoder(checkpoint)
+    found = _readable(images)
+    by_folder = groupby(sorted(found), key=lambda path: path.parent)
+    paths = [path for turn in zip_longest(*(list(files) for _, files in by_folder)) for path in turn if path]
+    pixels = _processor_for(settings).prepare([found[path] for path in paths])
+    features = extract_features(encoder, pixels, mean=settings.mean, std=settings.std)
+    similarity, neighbours = nearest(features, min(rows, len(paths)), count)
+    classes = [path.parent.name for path in paths]
+    return retrieval_grid(pixels / 255, similarity, neighbours, classes if len(set(classes)) > 1 else None)
+
+
+def _readable(images: list[Path], limit: int | None = None) -> dict[Path, object]:
+    """The readable pictures among files and folders, at most so many."""
+    from hf_masked.processing.decoding import BadImageError, open_image
+
+    pictures: dict[Path, object] = {}
+    for path in _image_files(images):
+        try:
+            pictures[path] = open_image(str(path), str(path))
+        except BadImageError as error:
+            typer.echo(f"left out: {error}", err=True)
+        if len(pictures) == limit:
+            break
+    if not pictures:
+        raise ValueError(f"There is no readable picture in {', '.join(map(str, images))}.")
+    return pictures
 
 
 @app.command()
@@ -402,14 +439,20 @@ def _in_samples(pictures: list, size: int) -> list[list]:
     return [pictures[start : start + size] for start in range(0, len(pictures) - size + 1, size)]
 
 
-def _labelled(dataset_name, settings, splits, image_column, label_column, limit, seed):
-    """Training and test pictures with labels, the data set's name and its classes' names."""
+def _processor_for(settings):
+    """Makes whole pictures into what an encoder with these settings takes, but for the normalisation."""
     from hf_masked import MaskedImageProcessor
-    from hf_masked.data import labelled_tensors, load_images
 
-    processor = MaskedImageProcessor(
+    return MaskedImageProcessor(
         size=settings.size, num_channels=settings.num_channels, crop_fraction=1.0, mask_kind=None
     )
+
+
+def _labelled(dataset_name, settings, splits, image_column, label_column, limit, seed):
+    """Training and test pictures with labels, the data set's name and its classes' names."""
+    from hf_masked.data import labelled_tensors, load_images
+
+    processor = _processor_for(settings)
     sources = [
         load_images(dataset_name, split, image_column=image_column, label_column=label_column) for split in splits
     ]

@@ -231,6 +231,20 @@ def test_visualize_draws_and_names_what_it_left_out(monkeypatch, checkpoint, pho
     assert "broken.png" in capsys.readouterr().err
 
 
+def test_visualize_draws_the_nearest_neighbours(monkeypatch, checkpoint, tmp_path, capsys):
+    for label, gray in (("dark", 20), ("light", 200)):
+        (tmp_path / "sets" / label).mkdir(parents=True)
+        for number in range(3):
+            Image.new("L", (20, 20), gray + number).save(tmp_path / "sets" / label / f"{number}.png")
+    out = tmp_path / "out.png"
+    run(monkeypatch, "visualize", checkpoint, tmp_path / "sets", "--nearest", "2", "--rows", "2", "--output", out)
+    one_row = Image.open(out).height
+    run(monkeypatch, "visualize", checkpoint, tmp_path / "sets", "--nearest", "2", "--rows", "4", "--output", out)
+    assert Image.open(out).height > 1.5 * one_row
+    words = refused(monkeypatch, capsys, "visualize", checkpoint, tmp_path / "sets", "--nearest", "6")
+    assert "6 neighbours are asked for, and there are 5 other pictures" in words
+
+
 def test_visualize_without_pictures_says_so(monkeypatch, checkpoint, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no readable picture" in refused(monkeypatch, capsys, "visualize", checkpoint, tmp_path / "empty")

@@ -1,4 +1,4 @@
-"""Retrieval: are a picture's nearest neighbours of its class?"""
+"""Retrieval: which pictures are nearest to a picture, and are they of its class?"""
 
 from collections.abc import Sequence
 
@@ -60,6 +60,29 @@ def retrieval(
         raise ValueError("No query has a picture of its class in the gallery: there is nothing to retrieve.")
     recalls = {f"recall@{k}": found[k] / queries for k in ks}
     return recalls | {"mean_average_precision": precisions / queries}
+
+
+@torch.inference_mode()
+def nearest(features: torch.Tensor, queries: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest neighbours of the first pictures among all others, by cosine similarity.
+
+    Args:
+        features: float (n, width).
+        queries: how many pictures, from the first on.
+        count: neighbours of each.
+
+    Returns:
+        similarity: float (queries, count), the largest first; which pictures: int64 (queries, count).
+
+    Raises:
+        ValueError: for more neighbours than there are other pictures.
+    """
+    if not 1 <= count < len(features):
+        raise ValueError(f"{count} neighbours are asked for, and there are {len(features) - 1} other pictures.")
+    normalized = F.normalize(features.float(), dim=1)
+    similarity = normalized[:queries] @ normalized.T
+    similarity.fill_diagonal_(-torch.inf)
+    return similarity.topk(count, dim=1)
 
 
 def average_precision(hits: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,36 @@ def picture_grid(panels: dict[str, torch.Tensor], rows: int = 8) -> Image.Image:
     return _rendered(figure)
 
 
+def retrieval_grid(
+    pictures: torch.Tensor, similarity: torch.Tensor, neighbours: torch.Tensor, classes: list[str] | None = None
+) -> Image.Image:
+    """One row per query: the picture, then its nearest neighbours with their similarity.
+
+    Args:
+        pictures: float (n, channels, height, width) in [0, 1]; the queries are the first.
+        similarity: float (queries, count), see `hf_masked.evaluation.retrieval.nearest`.
+        neighbours: int64 (queries, count).
+        classes: of the pictures; neighbours of the query's class are framed green, others red.
+    """
+    plt = _pyplot()
+    queries, count = neighbours.shape
+    ratio = pictures.shape[-2] / pictures.shape[-1]
+    size = CELL * (count + 1) + 0.4, (CELL * ratio + 0.2) * queries + 0.3
+    figure, axes = plt.subplots(queries, count + 1, figsize=size, squeeze=False)
+    for row in range(queries):
+        shown = [row, *neighbours[row].tolist()]
+        titles = [classes[row] if classes else "query", *(f"{value:.2f}" for value in similarity[row].tolist())]
+        for axis, number, title in zip(axes[row], shown, titles, strict=True):
+            axis.imshow(_drawable(pictures[number]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(title, fontsize=7, pad=2)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            same = classes is not None and classes[number] == classes[row]
+            colour = "black" if classes is None or number == row else "tab:green" if same else "tab:red"
+            axis.spines[:].set(color=colour, linewidth=0.5 if colour == "black" else 2)
+    return _rendered(figure)
+
+
 def disparity_picture(disparity: torch.Tensor, largest: float | None = None) -> Image.Image:
     """A disparity map in colours, dark for far and bright for near, with their scale in pixels.
 

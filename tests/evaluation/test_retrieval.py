@@ -6,7 +6,7 @@ from sklearn.metrics import average_precision_score
 from torch.nn import functional as F
 
 from hf_masked.evaluation.metrics import load_metric
-from hf_masked.evaluation.retrieval import retrieval
+from hf_masked.evaluation.retrieval import nearest, retrieval
 
 
 def data(count: int = 60, classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +51,18 @@ def test_classes_of_one_picture_are_left_out():
 def test_too_many_neighbours_are_refused():
     with pytest.raises(ValueError, match="k is 3; it must lie in 1 to 2"):
         retrieval(torch.eye(3), torch.zeros(3), ks=(3,))
+
+
+def test_nearest_neighbours_are_the_most_similar_others():
+    features, _ = data()
+    similarity, neighbours = nearest(features, queries=4, count=3)
+    cosines = F.normalize(features, dim=1) @ F.normalize(features, dim=1).T
+    for query in range(4):
+        others = sorted((n for n in range(60) if n != query), key=lambda n: -cosines[query, n])
+        assert neighbours[query].tolist() == others[:3]
+        torch.testing.assert_close(similarity[query], cosines[query, others[:3]])
+    with pytest.raises(ValueError, match="60 neighbours are asked for, and there are 59"):
+        nearest(features, queries=1, count=60)
 
 
 def test_it_is_a_module_of_evaluate(offline):

@@ -364,7 +364,8 @@ CHECKS = {
     test_models.test_half_precision_autocast: [{"dtype": torch.bfloat16}],
     test_models.test_bfloat16_weights: [{}],
     test_models.test_gradient_checkpointing_changes_nothing: [{}],
-    test_models.test_compiles_to_one_graph_without_recompiling: [{"given_masks": True}, {"given_masks": False}],
+    test_models.test_compiles_to_one_graph_without_recompiling: [{}],
+    test_models.test_compiles_to_one_graph_where_the_model_draws: [{}],
     test_models.test_rectangles_channels_and_single_samples: [{"channels": 1}, {"channels": 4}],
     test_models.test_wrong_inputs_are_named: [{}],
     test_mask_kinds.test_method_learns_from_masks_of_the_processor: [

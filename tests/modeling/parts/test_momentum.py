@@ -174,7 +174,7 @@ def test_half_precision_autocast(dtype):
 
 
 def test_compiles_and_sees_each_update():
-    test_models.test_compiles_to_one_graph_without_recompiling(TINY_TWIN, True)
+    test_models.test_compiles_to_one_graph_without_recompiling(TINY_TWIN)
     model = tiny_model(TINY_TWIN).train()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     compiled(**inputs_of(model))
