@@ -19,6 +19,7 @@ from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
 from hf_masked.processing.one_shot_detection import OneShotDetectionProcessor
 from hf_masked.processing.stereo import StereoImageProcessor
+from hf_masked.processing.video_processing import MaskedVideoProcessor
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "CATALOGUE",
     "CropPairImageProcessor",
     "MaskedImageProcessor",
+    "MaskedVideoProcessor",
     "MultiViewImageProcessor",
     "StereoImageProcessor",
     "OneShotDetectionProcessor",
