@@ -32,11 +32,11 @@ def test_frames_are_chosen_as_in_the_reference():
     """At 30 frames per second a clip of 16 x 4 spans 64 frames, which makes steps of 63 / 15."""
     p = processor(num_frames=16, sampling_rate=4)
     video = ArrayVideo(numbered(100), fps=30.0)
-    steps = torch.tensor([0, 4, 8, 12, 16, 21, 25, 29, 33, 37, 42, 46, 50, 54, 58, 63])
+    steps = torch.linspace(0, 63, 16).long()
     assert p.frame_numbers(video, torch.tensor([0.0]))[0].tolist() == steps.tolist()
     assert p.frame_numbers(video, None)[0].tolist() == (steps + 18).tolist()  # (100 - 64) // 2
     # The start is a real number, cut off after the step is added.
-    expected = (12.5 + torch.linspace(0, 63, 16)).long()
+    expected = torch.linspace(12.5, 75.5, 16).long()
     assert p.frame_numbers(video, torch.tensor([12.5 / 36]))[0].tolist() == expected.tolist()
     # Other rates: as long in seconds. A short video repeats its last frame.
     assert p.frame_numbers(ArrayVideo(numbered(100), fps=15.0), torch.tensor([0.0]))[0, -1] == 31
