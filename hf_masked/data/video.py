@@ -196,7 +196,7 @@ class MovingDigits(VideoSource):
         columns, rows = steps * np.cos(angle), steps * np.sin(angle)
         # Where it begins is drawn so that it stays inside, as far as its way allows.
         places = [self._inside(random, way, self.size - digit.shape[0]) for way in (rows, columns)]
-        coarse = torch.from_numpy(random.random((1, 1, 8, 8), dtype=np.float32))
+        coarse = torch.from_numpy(random.random((1, 1, 4, 4), dtype=np.float32))
         ground = 0.5 * F.interpolate(coarse, size=(self.size, self.size), mode="bilinear", align_corners=False)[0, 0]
         frames = torch.stack(
             [_pasted(ground, digit, int(row), int(column)) for row, column in zip(*places, strict=True)]
