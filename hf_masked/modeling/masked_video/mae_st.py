@@ -77,7 +77,7 @@ class MAESTConfig(MaskedPatchesConfig):
     weights_licence: ClassVar[str] = "CC BY-NC 4.0"
     modality: ClassVar[str] = "video"
     masks: ClassVar[str] = "random space-time patches, dropped before the encoder"
-    predicts: ClassVar[str] = "pixels of the masked patches, in every second frame"
+    predicts: ClassVar[str] = "pixels of the masked patches, one frame of each"
     backbones: ClassVar[tuple[str, ...]] = ("vivit",)
     processor: ClassVar[str] = "MaskedVideoProcessor"
     sample: ClassVar[str] = "clip"
@@ -356,7 +356,7 @@ class MAESTForPreTraining(MAESTPreTrainedModel):
         )
 
     def loss_per_unit(self, clips: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Mean squared error over the values of each tubelet, float32 (clips, tubelets) (paper, section 3)."""
+        """Mean squared error over the values of each tubelet, float32 (clips, tubelets) (`forward_loss`)."""
         target = self.targets(clips)
         if self.config.norm_pix_loss:
             target = normalize_patches(target)

@@ -1,4 +1,5 @@
-"""Masks of clips that know time from space: tubes and whole frames (MAE-ST, arXiv 2205.09113, section 3 and figure 3).
+"""Masks of clips that know time from space: tubes and whole frames (space-only and time-only sampling of MAE-ST, arXiv
+2205.09113).
 
 Masks that do not, which the paper prefers, are `random_mask` on a grid of three axes.
 """
