@@ -17,6 +17,8 @@ from hf_masked.modeling.masked_latent import *  # noqa: F403
 from hf_masked.modeling.masked_latent import __all__ as _masked_latent
 from hf_masked.modeling.masked_supervision import *  # noqa: F403
 from hf_masked.modeling.masked_supervision import __all__ as _masked_supervision
+from hf_masked.modeling.masked_video import *  # noqa: F403
+from hf_masked.modeling.masked_video import __all__ as _masked_video
 from hf_masked.modeling.registry import CATALOGUE, get_variant
 from hf_masked.modeling.siamese import *  # noqa: F403
 from hf_masked.modeling.siamese import __all__ as _siamese
@@ -26,6 +28,7 @@ from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
 from hf_masked.processing.one_shot_detection import OneShotDetectionProcessor
 from hf_masked.processing.stereo import StereoImageProcessor
+from hf_masked.processing.video_processing import MaskedVideoProcessor
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,7 @@ __all__ = [
     "CropPairImageProcessor",
     "GraphProcessor",
     "MaskedImageProcessor",
+    "MaskedVideoProcessor",
     "MultiViewImageProcessor",
     "StereoImageProcessor",
     "OneShotDetectionProcessor",
@@ -52,6 +56,7 @@ __all__ = [
     *_masked_image,
     *_masked_latent,
     *_masked_supervision,
+    *_masked_video,
     *_siamese,
 ]
 

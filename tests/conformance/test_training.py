@@ -160,7 +160,8 @@ def test_two_processes_equal_one(variant, two_process_gradients):
 PLAIN = """
 import json, sys, torch
 sys.modules["hf_masked"] = None  # as where it is not installed
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoModelForVideoClassification, Trainer, TrainingArguments
 
 found = {}
 for name, folder in json.load(open(sys.argv[1])).items():
@@ -171,7 +172,9 @@ for name, folder in json.load(open(sys.argv[1])).items():
     if set(inputs) != {"pixel_values"}:
         continue
     processor = AutoImageProcessor.from_pretrained(folder)
-    classifier = AutoModelForImageClassification.from_pretrained(folder, num_labels=3)
+    clips = inputs["pixel_values"].ndim == 5
+    head = AutoModelForVideoClassification if clips else AutoModelForImageClassification
+    classifier = head.from_pretrained(folder, num_labels=3)
     samples = [{"pixel_values": picture, "labels": i} for i, picture in enumerate(inputs["pixel_values"])]
     args = TrainingArguments(output_dir=folder + "/out", use_cpu=True, max_steps=1, report_to="none",
                              save_strategy="no", disable_tqdm=True)

@@ -160,7 +160,7 @@ def encode_visible(
     Returns:
         (batch, prefix + visible, hidden).
     """
-    tokens = _run_layers(backbone, _embed(backbone, pixel_values, visible), **kwargs)
+    tokens = run_layers(backbone, _embed(backbone, pixel_values, visible), **kwargs)
     return backbone.layernorm(tokens) if final_norm else tokens
 
 
@@ -208,7 +208,7 @@ def encode_with_mask_tokens(
     if backbone.config.model_type == "beit":
         tokens = beit_feature_maps(backbone, pixel_values, bool_masked_pos, **kwargs)[-1]
     else:
-        tokens = _run_layers(backbone, _embed(backbone, pixel_values, bool_masked_pos=bool_masked_pos), **kwargs)
+        tokens = run_layers(backbone, _embed(backbone, pixel_values, bool_masked_pos=bool_masked_pos), **kwargs)
     return backbone.layernorm(tokens) if final_norm else tokens
 
 
@@ -253,7 +253,8 @@ def check_window(config: PreTrainedConfig, size: tuple[int, int], stride: int) -
         )
 
 
-def _run_layers(backbone, hidden_states, **kwargs):
+def run_layers(backbone: PreTrainedModel, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    """What the layers of a ViT, DeiT, DINOv2, BEiT or ViViT make of (batch, tokens, hidden), before the final norm."""
     for layer in _layers(backbone):
         hidden_states = layer(hidden_states, **kwargs)
     return hidden_states
