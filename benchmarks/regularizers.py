@@ -4,7 +4,7 @@
 
 A small ResNet learns Fashion-MNIST from 2,000 labelled pictures, from scratch, with each method of the kind "method"
 and without. It is judged on the 10,000 test pictures as they are, with a gray square of 10 pixels at a random place,
-and with half of their squares of 7 pixels gray. Each finished run is written at once; what is written is not run again.
+and with half of their squares of 7 pixels gray. Each finished run is written at once; what is there is not run again.
 """
 
 import argparse

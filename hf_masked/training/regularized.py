@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from hf_masked.modeling.regularizers import Pass, Regularizer, criterion_of, soft_targets
 from hf_masked.randomness import sample_keys
+from hf_masked.training.checkpoints import FaithfulCheckpointsMixin
 
 # Separates what is drawn here from the draws of processors.
 REGULARIZE = 7
@@ -24,6 +25,9 @@ class RegularizedMixin:
 
     Args:
         regularizer: the method, or None for ordinary training.
+
+    Raises:
+        ValueError: with `torch_compile`, DeepSpeed, or several GPUs in one process.
     """
 
     _pass: Pass | None = None
@@ -37,6 +41,17 @@ class RegularizedMixin:
             # The losses are means of batches: the Trainer must average them over those it accumulates.
             self.model_accepts_loss_kwargs = False
             self.loss_is_scaled_for_ga = False
+            self._check_settings()
+
+    def _check_settings(self) -> None:
+        unfit = {"torch_compile": self.args.torch_compile, "deepspeed": self.args.deepspeed is not None}
+        for name in (name for name, is_set in unfit.items() if is_set):
+            raise ValueError(
+                f"{type(self.regularizer).__name__} hooks into the forward pass and may make several in a step, which "
+                f"{name} does not follow: leave it out."
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(f"One process has {self.args.n_gpu} GPUs: start one process for each (torchrun).")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.regularizer is None:
@@ -91,5 +106,5 @@ class RegularizedMixin:
         super().log(logs, start_time)
 
 
-class RegularizedTrainer(RegularizedMixin, Trainer):
-    """transformers' Trainer with the argument `regularizer`."""
+class RegularizedTrainer(RegularizedMixin, FaithfulCheckpointsMixin, Trainer):
+    """transformers' Trainer with the argument `regularizer`, which resumes with the weights of its checkpoint."""

@@ -75,10 +75,10 @@ def test_a_run_follows_its_seed(method, tmp_path):
 
 
 def test_resumed_equals_uninterrupted(method, tmp_path):
-    # A ResNet: transformers' own Trainer resumes a ViT from the initial encoder.
-    whole = trainer_of(method, tmp_path / "whole", "resnet", save_strategy="steps", save_steps=3)
+    # A ViT, whose encoder the stock Trainer would lose.
+    whole = trainer_of(method, tmp_path / "whole", save_strategy="steps", save_steps=3)
     whole.train()
-    resumed = trainer_of(method, tmp_path / "resumed", "resnet")
+    resumed = trainer_of(method, tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_same(weights(resumed), weights(whole))
 
@@ -151,6 +151,11 @@ def test_a_batch_without_labels_is_named(method, tmp_path):
     trainer.train_dataset = [{"pixel_values": sample["pixel_values"]} for sample in samples(8)]
     with pytest.raises(ValueError, match=f"{method.method.__name__} helps a supervised learner"):
         trainer.train()
+
+
+def test_settings_that_would_switch_it_off_are_refused(method, tmp_path):
+    with pytest.raises(ValueError, match=f"{method.method.__name__} hooks into the forward pass.*torch_compile"):
+        trainer_of(method, tmp_path, torch_compile=True)
 
 
 def test_it_is_a_mixin_of_any_trainer(method, tmp_path):

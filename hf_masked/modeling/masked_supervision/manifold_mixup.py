@@ -14,7 +14,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_masked.modeling.registry import register_method
@@ -145,7 +144,10 @@ def mixed_states(model: nn.Module, mix: Mix) -> Iterator[None]:
 
 def bce_softmax(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy of the softmax, mean over batch and classes (`supervised/main.py`)."""
-    return F.binary_cross_entropy(logits.float().softmax(dim=1), targets)
+    # Not torch's function, which autocast refuses on GPUs; its logarithms stop at -100 too.
+    yes = logits.float().log_softmax(dim=1)
+    no = torch.log1p(-yes.exp()).clamp(min=-100)
+    return -(targets * yes.clamp(min=-100) + (1 - targets) * no).mean()
 
 
 class ManifoldMixup(Regularizer):

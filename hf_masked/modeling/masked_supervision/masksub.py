@@ -156,14 +156,14 @@ def dropped_tokens(model: PreTrainedModel, draw: Draw, ratio: float, inner) -> I
 def frozen_batch_norm(model: nn.Module, frozen: bool) -> Iterator[None]:
     """Inside the block batch norm normalises as before and, where asked for, leaves its running statistics alone."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm, norm.momentum) for norm in norms if frozen]
-    for norm, _ in kept:
-        norm.momentum = 0.0
+    spared = [norm for norm in norms if frozen and norm.track_running_stats]
+    for norm in spared:
+        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm, momentum in kept:
-            norm.momentum = momentum
+        for norm in spared:
+            norm.track_running_stats = True
 
 
 def mask_squares(pixel_values: torch.Tensor, draw: Draw, ratio: float, side: int) -> torch.Tensor:
