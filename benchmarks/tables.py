@@ -148,12 +148,85 @@ def stereo_table(result: dict) -> str:
     )
 
 
+def weight_table(result: dict) -> str:
+    """Masks on weights: what they learn, beside the head alone and all weights, and what a task costs."""
+    tasks = sorted({task for row in result["learning"].values() for task in row})
+    lines = [
+        "| trained | " + " | ".join(f"accuracy, {task}" for task in tasks) + " | file of a task without its head |",
+        "|---|" + "---|" * (len(tasks) + 1),
+    ]
+    titles = {"head": "the head alone", "all": "all weights"}
+    for way in ("head", *result["ways"], "all"):
+        found = result["learning"].get(way, {})
+        cells = [f"{100 * found[task]['accuracy']:.1f} %" if task in found else "-" for task in tasks]
+        size = result["ways"].get(way, {}).get("file_bytes") or (result["checkpoint_bytes"] if way == "all" else 0)
+        lines.append(f"| {titles.get(way, way)} | " + " | ".join(cells) + f" | {_megabytes(size)} |")
+    memory = ", ".join(f"{_megabytes(row['tensor_bytes'])} ({way})" for way, row in result["ways"].items())
+    facts = result["environment"]
+    return "\n".join(lines) + (
+        f"\n\n{result['base']}, {result['steps']} steps of {result['batch_size']} sentences of Python's "
+        f"documentation, {result['test_sentences']} held out, one seed (`examples/tune_with_masks.py`). Tensors of "
+        f"{result['tasks']} tasks in memory: {memory}; as many models: "
+        f"{_megabytes(result['copies']['tensor_bytes'])} (`python benchmarks/weight_masks.py`; {facts['device']}, "
+        f"torch {facts['torch']}, transformers {facts['transformers']}).\n"
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size else "-"
+
+
+def regularizers_table(result: dict) -> str:
+    lines = [
+        "| trained with | accuracy, % | with a square hidden | half masked | negative log-likelihood | time |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = {name: list(runs.values()) for name, runs in result["rows"].items()}
+
+    def mean(name: str, figure: str) -> float:
+        return sum(run[figure] for run in rows[name]) / len(rows[name])
+
+    for name in rows:
+        shares = [f"{100 * mean(name, figure):.1f}" for figure in ("accuracy", "with a square", "half masked")]
+        times = mean(name, "seconds") / mean("none", "seconds")
+        title = "nothing of the kind" if name == "none" else name
+        lines.append(f"| {title} | {' | '.join(shares)} | {mean(name, 'nll'):.3f} | {times:.1f} |")
+    seeds = len(rows["none"])
+    return "\n".join(lines) + (
+        f"\n\nA small ResNet from scratch, {result['labels']:,} labelled pictures of Fashion-MNIST, {result['steps']} "
+        f"steps of {result['batch_size']}, crops and flips; 10,000 test pictures; means of {seeds} seeds; "
+        f"{_cores(result['environment'])} (`python benchmarks/regularizers.py`).\n"
+    )
+
+
+def graphs_table(result: dict) -> str:
+    lines = ["| | Cora | Citeseer | the papers' |", "|---|---|---|---|"]
+    for title, row in result["rows"].items():
+        cells = [_seeds_cell(row["graphs"].get(graph)) for graph in ("cora", "citeseer")]
+        lines.append(f"| {title} | " + " | ".join(cells) + f" | {row['paper']} |")
+    return "\n".join(lines) + (
+        f"\n\nPer cent; mean (lowest to highest), number of seeds. {result['protocol']} Recipes: "
+        f"{', '.join(f'`{name}`' for name in result['recipes'])}; {_cores(result['environment'])}, torch-geometric "
+        f"{result['environment']['torch_geometric']} (`python benchmarks/graphs.py`).\n"
+    )
+
+
+def _seeds_cell(figures: dict | None) -> str:
+    if figures is None:
+        return "-"
+    values = [100 * value for value in figures["seeds"].values()]
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f}), {len(values)}"
+
+
 KINDS = {
+    "regularizers": regularizers_table,
     "cost": cost_table,
+    "graphs": graphs_table,
     "learning": learning_table,
     "step": step_table,
     "feeding": feeding_table,
     "stereo": stereo_table,
+    "weight": weight_table,
 }
 
 

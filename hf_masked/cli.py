@@ -32,6 +32,7 @@ def list_methods(
 ) -> None:
     """Every method on one line."""
     from hf_masked import CATALOGUE
+    from hf_masked.modeling.registry import load_later_families
     from hf_masked.processing.masks import MASKS
 
     if masks:
@@ -39,6 +40,7 @@ def list_methods(
             [("mask", "what it is"), *((kind, inspect.getdoc(mask).splitlines()[0]) for kind, mask in MASKS.items())]
         )
         return
+    missing = load_later_families()
     rows = [("method", "year", "family", "data", "backbones", "masks", "predicts")]
     for name, variant in sorted(CATALOGUE.items()):
         config = variant.config
@@ -46,6 +48,8 @@ def list_methods(
         facts = (str(config.paper_year), variant.family, config.modality, backbones, config.masks, config.predicts)
         rows.append((name, *facts))
     _table(rows)
+    for family, extra in missing.items():
+        typer.echo(f"More in {family} after: pip install 'hf-masked[{extra}]'")
 
 
 def _table(rows: list[tuple[str, ...]]) -> None:
@@ -72,11 +76,9 @@ def info(method: Annotated[str, typer.Argument(help="Name of a method, see `hf-m
         "backbones": ", ".join(config.backbones),
         "masks": config.masks,
         "predicts": config.predicts,
-        "classes": ", ".join(
-            c.__name__ for c in (config, variant.model, variant.pretraining, *variant.heads.values())
-        ),
-        "processor": config.processor,
-        "declined checks": "; ".join(f"{k}: {v}" for k, v in variant.pretraining.declined_checks.items()) or "none",
+        "classes": ", ".join(c.__name__ for c in variant.classes),
+        "processor": variant.processor,
+        "declined checks": "; ".join(f"{k}: {v}" for k, v in variant.declined_checks.items()) or "none",
     }
     for name, value in facts.items():
         typer.echo(f"{name:<20}{value}")
@@ -115,14 +117,16 @@ def export(
     ] = False,
 ) -> None:
     """The plain encoder, which loads where hf_masked is not installed."""
-    from transformers import AutoImageProcessor, AutoModelForPreTraining
+    from transformers import AutoModelForPreTraining
 
     import hf_masked  # noqa: F401 (registers the methods)
     from hf_masked.training.export import export_encoder
+    from hf_masked.training.hub import processor_of
 
     model = AutoModelForPreTraining.from_pretrained(checkpoint)
-    export_encoder(model, AutoImageProcessor.from_pretrained(checkpoint), output, rgb=rgb)
-    typer.echo(f"Wrote {output}: a plain {type(model.backbone).__name__} and its image processor.")
+    export_encoder(model, processor_of(model), output, rgb=rgb)
+    what = " and its image processor" if model.config.modality == "image" else ""
+    typer.echo(f"Wrote {output}: a plain {type(model.backbone).__name__}{what}.")
 
 
 @app.command()
@@ -208,6 +212,10 @@ def finetune(
     labels: Annotated[str, typer.Option(help="Share of the labels to use (1%, 100%) or their number.")] = "100%",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch_size: int = 64,
+    regularizer: Annotated[
+        str | None, typer.Option(help="cutout, manifold_mixup or masksub: what helps against overfitting.")
+    ] = None,
+    regularizer_options: Annotated[str, typer.Option(help="Its settings, for example '{length: 8}'.")] = "{}",
     train_split: str = "train",
     test_split: str = "test",
     image_column: str | None = None,
@@ -232,6 +240,7 @@ def finetune(
         settings=settings,
         steps=steps,
         batch_size=batch_size,
+        regularizer=_regularizer(regularizer, regularizer_options),
         seed=seed,
         label_names=names,
         output_dir=str(output),
@@ -425,6 +434,24 @@ def push(
     complete_folder(folder, repo_id)
     commit = push_folder(folder, repo_id, private=private or None, revision=revision, commit_message=message)
     typer.echo(f"Pushed {folder}: {commit.commit_url}")
+
+
+def _regularizer(name: str | None, options: str):
+    import yaml
+
+    from hf_masked.modeling.registry import get_variant
+
+    if name is None:
+        return None
+    variant = get_variant(name)
+    if variant.kind != "method":
+        raise ValueError(
+            f"{name} is a {variant.kind}, which helps no supervised learner: `hf-masked list` shows those."
+        )
+    try:
+        return variant.method(variant.config(**yaml.safe_load(options)))
+    except TypeError as error:
+        raise ValueError(f"{name} has no such settings: {options} ({error}).") from error
 
 
 def _matches_stereo(checkpoint: str) -> bool:

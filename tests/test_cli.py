@@ -88,7 +88,7 @@ def test_info_says_where_a_method_comes_from(monkeypatch, capsys):
     for name, variant in CATALOGUE.items():
         run(monkeypatch, "info", name)
         text = capsys.readouterr().out
-        assert variant.config.paper_title in text and variant.pretraining.__name__ in text
+        assert variant.config.paper_title in text and all(kind.__name__ in text for kind in variant.classes)
 
 
 def test_unknown_method_is_named(monkeypatch, capsys):

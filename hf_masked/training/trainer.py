@@ -180,7 +180,11 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
                 layer_decay=self.args.layer_decay,
             )
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = (LARS if self.args.lars else optimizer_class)(groups, **arguments)
+            if self.args.lars:
+                optimizer_class = LARS
+            elif self.args.coupled_weight_decay:
+                optimizer_class = torch.optim.Adam
+            self.optimizer = optimizer_class(groups, **arguments)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):

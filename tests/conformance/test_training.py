@@ -18,6 +18,7 @@ from tests.conformance.cases import (
     MODELS,
     examples_of,
     gradients,
+    plain_samples,
     processor_of,
     skip_if_declined,
     tiny_model,
@@ -89,8 +90,7 @@ def test_gradient_accumulation_equals_one_large_batch(variant, tmp_path):
 
 def test_plain_trainer_works(variant, tmp_path):
     model = tiny_model(variant)
-    inputs = training_inputs(variant, model.config, batch=8)
-    samples = [{name: value[i] for name, value in inputs.items()} for i in range(8)]
+    samples, collator = plain_samples(variant, model.config, 8)
     args = TrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -100,7 +100,8 @@ def test_plain_trainer_works(variant, tmp_path):
         disable_tqdm=True,
         save_strategy="no",
     )
-    trainer = Trainer(model=model, args=args, train_dataset=samples, eval_dataset=samples)
+    data = {"train_dataset": samples, "eval_dataset": samples, "data_collator": collator}
+    trainer = Trainer(model=model, args=args, **data)
     # A loss that never was one would be 0; cosines may be negative.
     for loss in (trainer.train().training_loss, trainer.evaluate()["eval_loss"]):
         assert math.isfinite(loss) and loss != 0
