@@ -86,7 +86,8 @@ class VideoFiles(VideoSource):
         paths: of files and folders.
 
     Raises:
-        ValueError: for a path that is not there, no videos, and for files without PyAV.
+        ValueError: for a path that is not there, or no videos.
+        MissingPackageError: for files without PyAV.
     """
 
     def __init__(self, paths: list[Path]):
@@ -117,7 +118,8 @@ class VideoFolder(VideoFiles):
         split: "train", "test" or "validation".
 
     Raises:
-        ValueError: for a folder without videos or without the split, and for files without PyAV.
+        ValueError: for a folder without videos or without the split.
+        MissingPackageError: for files without PyAV.
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):
@@ -229,7 +231,8 @@ def load_videos(name: str, split: str = "train") -> VideoSource:
         split: "train", "test" or "validation".
 
     Raises:
-        ValueError: if there is no such set or split, or what it needs is not installed.
+        ValueError: if there is no such set or split, or the clips' package is not installed.
+        MissingPackageError: for files without PyAV.
     """
     if name == MOVING_DIGITS:
         return MovingDigits(split)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hf_masked.extras import import_extra
 from hf_masked.processing.decoding import BadImageError, open_image
 
 # Lower-case endings of files that are opened with PyAV.
@@ -101,7 +102,7 @@ class VideoFile(Video):
 
     Raises:
         BadImageError: for what is no video, or an empty one.
-        ValueError: without PyAV.
+        MissingPackageError: without PyAV.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -170,14 +171,9 @@ def load_av() -> ModuleType:
     """PyAV.
 
     Raises:
-        ValueError: if it is not installed.
+        MissingPackageError: if it is not installed.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError(
-            "Video files need PyAV: pip install 'hf-masked[video]' (or av). Folders of frames and arrays do without."
-        ) from error
+    av = import_extra("av", "av", "video")
     av.logging.set_level(av.logging.PANIC)  # what is wrong with a file, the exceptions say
     return av
 

@@ -7,6 +7,7 @@ import pytest
 import hf_masked
 from hf_masked.modeling.registry import CATALOGUE, load_later_families
 from hf_masked.training.modalities import Modality, modality_of
+from hf_masked.training.recipes import read_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +26,7 @@ def test_every_file_of_a_family_is_registered():
         if path.parent.name not in {"parts", *MISSING} and path.stem not in SHARED and not path.stem.startswith("_")
     }
     configs = [variant.config for variant in CATALOGUE.values()]
-    models = [variant for variant in CATALOGUE.values() if variant.kind != "tuner"]
+    models = [variant for variant in CATALOGUE.values() if variant.kind not in ("tuner", "method")]
     encoders = [type(variant.tiny_config().backbone_config) for variant in models]
     own = [encoder for encoder in encoders if encoder.__module__.startswith("hf_masked.")]
     assert files == {config.__module__.rsplit(".", 1)[-1] for config in configs + own}
@@ -71,7 +72,7 @@ def test_a_tuners_card_and_its_place_in_the_example_are_there(tuner):
     assert all(reason in card for reason in tuner.declined_checks.values())
     # Tuners are trained by the ordinary Trainer, so they have no recipes of train.py.
     assert f'"{tuner.name}"' in (ROOT / "examples" / "tune_with_masks.py").read_text()
-    assert not list((ROOT / "recipes").glob(f"{tuner.name}_*.yaml"))
+    assert not recipes_of(tuner.name)
 
 
 def test_lazy_names_are_those_of_the_family():
@@ -89,7 +90,13 @@ def test_card_and_recipes_are_there(variant):
     assert variant.config.paper_title in card and variant.config.arxiv_id in card
     for check, reason in variant.pretraining.declined_checks.items():
         assert reason in card, f"the card does not show why {check} is declined"
-    assert len(list((ROOT / "recipes").glob(f"{variant.name}_*.yaml"))) >= 2, "a paper-sized and a laptop-sized recipe"
+    assert len(recipes_of(variant.name)) >= 2, "a paper-sized and a laptop-sized recipe"
+
+
+def recipes_of(name: str) -> list[Path]:
+    """Recipes of a method, whose names may begin with another's."""
+    paths = (ROOT / "recipes").glob(f"{name}_*.yaml")
+    return [path for path in paths if read_recipe(path)["method"] == name]
 
 
 def test_recipes_can_be_read_and_built(variant, tmp_path, monkeypatch):
@@ -97,7 +104,7 @@ def test_recipes_can_be_read_and_built(variant, tmp_path, monkeypatch):
     from transformers import AutoConfig
 
     from hf_masked.training.cli import make_processor
-    from hf_masked.training.recipes import parse, read_recipe
+    from hf_masked.training.recipes import parse
 
     # The laptop recipes' teacher and tokenizer, as far as making a student needs them.
     monkeypatch.chdir(tmp_path)
@@ -105,7 +112,7 @@ def test_recipes_can_be_read_and_built(variant, tmp_path, monkeypatch):
     AutoConfig.for_model(**encoder).save_pretrained("runs/mae_fashion_mnist/encoder")
     tokenizer = read_recipe(ROOT / "recipes" / "vqkd_fashion_mnist.yaml")["model"]
     hf_masked.VQKDConfig(**tokenizer).save_pretrained("runs/vqkd_fashion_mnist")
-    for path in (ROOT / "recipes").glob(f"{variant.name}_*.yaml"):
+    for path in recipes_of(variant.name):
         method, _, _ = parse(
             ["--config", str(path), "--output_dir", "/nowhere", "--use_cpu", "true", "--bf16", "false"]
         )

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from hf_masked import MaskedVideoProcessor
+from hf_masked.extras import MissingPackageError
 from hf_masked.processing.decoding import BadImageError
 from hf_masked.processing.video_decoding import ArrayVideo, FrameFolder, VideoFile, load_av, open_video
 
@@ -207,5 +208,5 @@ def test_what_is_no_video_is_named(tmp_path):
 
 def test_without_pyav_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ValueError, match=r"pip install 'hf-masked\[video\]'"):
+    with pytest.raises(MissingPackageError, match=r"^This needs av.*pip install 'hf-masked\[video\]'"):
         VideoFile("clip.mp4")
