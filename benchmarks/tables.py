@@ -178,8 +178,8 @@ def _megabytes(size: int) -> str:
 
 def regularizers_table(result: dict) -> str:
     lines = [
-        "| trained with | accuracy, % | with a square hidden | half masked | negative log-likelihood | time |",
-        "|---|---|---|---|---|---|",
+        "| trained with | accuracy, % | with a square hidden | half masked | negative log-likelihood |",
+        "|---|---|---|---|---|",
     ]
     rows = {name: list(runs.values()) for name, runs in result["rows"].items()}
 
@@ -188,13 +188,12 @@ def regularizers_table(result: dict) -> str:
 
     for name in rows:
         shares = [f"{100 * mean(name, figure):.1f}" for figure in ("accuracy", "with a square", "half masked")]
-        times = mean(name, "seconds") / mean("none", "seconds")
         title = "nothing of the kind" if name == "none" else name
-        lines.append(f"| {title} | {' | '.join(shares)} | {mean(name, 'nll'):.3f} | {times:.1f} |")
-    seeds = len(rows["none"])
+        lines.append(f"| {title} | {' | '.join(shares)} | {mean(name, 'nll'):.3f} |")
+    seeds = f"means of {len(rows['none'])} seeds" if len(rows["none"]) > 1 else "one seed"
     return "\n".join(lines) + (
         f"\n\nA small ResNet from scratch, {result['labels']:,} labelled pictures of Fashion-MNIST, {result['steps']} "
-        f"steps of {result['batch_size']}, crops and flips; 10,000 test pictures; means of {seeds} seeds; "
+        f"steps of {result['batch_size']}, crops and flips; 10,000 test pictures; {seeds}; "
         f"{_cores(result['environment'])} (`python benchmarks/regularizers.py`).\n"
     )
 
