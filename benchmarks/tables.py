@@ -169,8 +169,8 @@ def weight_table(result: dict) -> str:
         f"{result['test_sentences']} held out, one seed (`examples/tune_with_masks.py`)."
     )
     return "\n".join([line.rstrip() for line in lines]) + (
-        f"\n\n{result['base']}; in memory are {result['tasks']} tasks, on one base or, for all weights, as so many models."
-        f"{learnt if tasks else ''} {facts['device']}, torch {facts['torch']}, transformers {facts['transformers']} "
+        f"\n\n{result['base']}; in memory are {result['tasks']} tasks, on one base or, for all weights, as so many "
+        f"models.{learnt if tasks else ''} {facts['device']}, torch {facts['torch']}, transformers {facts['transformers']} "
         "(`python benchmarks/weight_masks.py`).\n"
     )
 
