@@ -170,7 +170,8 @@ def weight_table(result: dict) -> str:
     )
     return "\n".join([line.rstrip() for line in lines]) + (
         f"\n\n{result['base']}; in memory are {result['tasks']} tasks, on one base or, for all weights, as so many "
-        f"models.{learnt if tasks else ''} {facts['device']}, torch {facts['torch']}, transformers {facts['transformers']} "
+        f"models.{learnt if tasks else ''} {facts['device']}, torch {facts['torch']}, transformers "
+        f"{facts['transformers']} "
         "(`python benchmarks/weight_masks.py`).\n"
     )
 
