@@ -149,31 +149,35 @@ def stereo_table(result: dict) -> str:
 
 
 def weight_table(result: dict) -> str:
-    """Masks on weights: what they learn, beside the head alone and all weights, and what a task costs."""
+    """Masks on weights: what a task costs and, as far as it is measured, what it learns beside all weights."""
     tasks = sorted({task for row in result["learning"].values() for task in row})
     lines = [
-        "| trained | " + " | ".join(f"accuracy, {task}" for task in tasks) + " | file of a task without its head |",
-        "|---|" + "---|" * (len(tasks) + 1),
+        "| trained | file of a task, without a head | tensors in memory | "
+        + "".join(f"accuracy, {task} | " for task in tasks).rstrip(),
+        "|---|---|---|" + "---|" * len(tasks),
     ]
-    titles = {"head": "the head alone", "all": "all weights"}
-    for way in ("head", *result["ways"], "all"):
-        found = result["learning"].get(way, {})
-        cells = [f"{100 * found[task]['accuracy']:.1f} %" if task in found else "-" for task in tasks]
-        size = result["ways"].get(way, {}).get("file_bytes") or (result["checkpoint_bytes"] if way == "all" else 0)
-        lines.append(f"| {titles.get(way, way)} | " + " | ".join(cells) + f" | {_megabytes(size)} |")
-    memory = ", ".join(f"{_megabytes(row['tensor_bytes'])} ({way})" for way, row in result["ways"].items())
+    full = {"file_bytes": result["checkpoint_bytes"], **result["copies"]}
+    for way, row in {"the head alone": None, **result["ways"], "all weights": full}.items():
+        found = result["learning"].get({"the head alone": "head", "all weights": "all"}.get(way, way), {})
+        if row or found:
+            cells = [_megabytes(row["file_bytes"]), _megabytes(row["tensor_bytes"])] if row else ["-", "-"]
+            cells += [f"{100 * found[task]['accuracy']:.1f} %" if task in found else "-" for task in tasks]
+            lines.append(f"| {way} | " + " | ".join(cells) + " |")
     facts = result["environment"]
-    return "\n".join(lines) + (
-        f"\n\n{result['base']}, {result['steps']} steps of {result['batch_size']} sentences of Python's "
-        f"documentation, {result['test_sentences']} held out, one seed (`examples/tune_with_masks.py`). Tensors of "
-        f"{result['tasks']} tasks in memory: {memory}; as many models: "
-        f"{_megabytes(result['copies']['tensor_bytes'])} (`python benchmarks/weight_masks.py`; {facts['device']}, "
-        f"torch {facts['torch']}, transformers {facts['transformers']}).\n"
+    learnt = (
+        f" Learning: {result['steps']} steps of {result['batch_size']} sentences of Python's documentation, "
+        f"{result['test_sentences']} held out, one seed (`examples/tune_with_masks.py`)."
+    )
+    return "\n".join([line.rstrip() for line in lines]) + (
+        f"\n\n{result['base']}; in memory are {result['tasks']} tasks, on one base or, for all weights, as so many "
+        f"models.{learnt if tasks else ''} {facts['device']}, torch {facts['torch']}, transformers "
+        f"{facts['transformers']} "
+        "(`python benchmarks/weight_masks.py`).\n"
     )
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB" if size else "-"
+    return f"{size / 1e6:.2f} MB"
 
 
 def regularizers_table(result: dict) -> str:
