@@ -93,8 +93,8 @@ class FrameFolder(Video):
 class VideoFile(Video):
     """A file that PyAV opens.
 
-    Its packets are counted first, which decodes nothing. Frames are counted too, from the beginning to the last one that
-    is asked for: after a seek, time stamps of packets and frames do not agree in every container.
+    Its packets are counted first, which decodes nothing. Frames are counted too, from the beginning to the last one
+    that is asked for: after a seek, time stamps of packets and frames do not agree in every container.
 
     Args:
         path: of the file.
