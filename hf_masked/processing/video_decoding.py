@@ -1,7 +1,6 @@
 """From whatever holds a video (a file, a folder of frames, an array) to its frames, of which those are decoded that
 are asked for."""
 
-import bisect
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -94,8 +93,8 @@ class FrameFolder(Video):
 class VideoFile(Video):
     """A file that PyAV opens.
 
-    Its packets are listed first, which decodes nothing; decoding then starts at the last key frame before the first
-    frame that is asked for, and stops after the last one. Files without time stamps are decoded from the beginning.
+    Its packets are counted first, which decodes nothing. Frames are counted too, from the beginning to the last one
+    that is asked for: after a seek, time stamps of packets and frames do not agree in every container.
 
     Args:
         path: of the file.
@@ -110,12 +109,9 @@ class VideoFile(Video):
         with self._opened() as container:
             rate = container.streams.video[0].average_rate
             # The packet that ends the stream has no size.
-            packets = [packet for packet in container.demux(video=0) if packet.size]
-            stamps = [packet.pts for packet in packets]
-            self._stamps = sorted(stamps) if None not in stamps and len(set(stamps)) == len(stamps) else None
+            self.num_frames = sum(packet.size > 0 for packet in container.demux(video=0))
         self.fps = float(rate) if rate else None
-        self.num_frames = len(packets)
-        if not packets:
+        if not self.num_frames:
             raise BadImageError(f"{self.name}: no frames")
 
     def frames(self, numbers):
@@ -129,10 +125,7 @@ class VideoFile(Video):
 
     def _decoded(self, container, numbers: list[int]) -> list[Image.Image]:
         wanted, found = set(numbers), []
-        if self._stamps is not None:
-            container.seek(self._stamps[numbers[0]], stream=container.streams.video[0])
-        for count, frame in enumerate(container.decode(video=0)):
-            number = count if self._stamps is None else bisect.bisect_left(self._stamps, frame.pts)
+        for number, frame in enumerate(container.decode(video=0)):
             if number in wanted:
                 found.append(frame.to_image())
             if number >= numbers[-1]:
