@@ -91,8 +91,8 @@ def _varied(config, backbone_settings: dict) -> dict:
 
 
 def tiny_teacher(config) -> dict:
-    """The settings of a config that name its teacher or tokenizer, where it has one."""
-    names = ("teacher", "teacher_config", "tokenizer", "tokenizer_config")
+    """The settings of a config that name its teacher, tokenizer or mask token, where it has one."""
+    names = ("teacher", "teacher_config", "tokenizer", "tokenizer_config", "mask_token_id")
     return {name: value for name, value in vars(config).items() if name in names}
 
 

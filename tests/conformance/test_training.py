@@ -69,7 +69,7 @@ def test_log_names_the_parts_of_the_loss_and_the_speed(variant, tmp_path):
     line = trainer.state.log_history[0]
     parts = tiny_model(variant)(**training_inputs(variant, trainer.model.config)).losses
     assert {f"loss_{name}" for name in parts} <= line.keys()
-    assert {"images/s", "data_wait_%", "matmul_rate_%"} <= line.keys()
+    assert {f"{trainer.throughput.unit}/s", "data_wait_%", "matmul_rate_%"} <= line.keys()
     assert trainer.model.training_progress == 1.0
 
 
