@@ -132,9 +132,7 @@ class TextDataset(KeyedDataset):
         sets: which texts make a sample, where it is more than one: see `hf_masked.data.sets`.
     """
 
-    def __init__(
-        self, source: TextSource | TextBlocks, processor, seed: int = 0, sets: PictureSets | None = None
-    ):
+    def __init__(self, source: TextSource | TextBlocks, processor, seed: int = 0, sets: PictureSets | None = None):
         self.source = source
         self.processor = processor
         self.seed = seed

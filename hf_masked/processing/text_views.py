@@ -43,9 +43,7 @@ def kept_by_crop(draw: Draw, movable: torch.Tensor, scale: tuple[float, float]) 
     return movable & (number >= start) & (number < start + length)
 
 
-def close_gaps(
-    input_ids: torch.Tensor, keep: torch.Tensor, pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def close_gaps(input_ids: torch.Tensor, keep: torch.Tensor, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Moves the tokens that stay to the front, in their order, and fills up with padding.
 
     Args:

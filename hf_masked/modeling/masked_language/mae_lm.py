@@ -22,7 +22,6 @@ from hf_masked.modeling.base import VariantConfig, VariantModel
 from hf_masked.modeling.outputs import PreTrainingOutput
 from hf_masked.modeling.parts.state_dicts import rename_weights
 from hf_masked.modeling.parts.text import (
-    POSITIONED_BACKBONES,
     check_input_ids,
     example_texts,
     longest_text,
@@ -59,7 +58,7 @@ class MAELMConfig(VariantConfig):
     modality: ClassVar[str] = "text"
     masks: ClassVar[str] = "random tokens, dropped before the encoder"
     predicts: ClassVar[str] = "the masked tokens"
-    backbones: ClassVar[tuple[str, ...]] = tuple(POSITIONED_BACKBONES)
+    backbones: ClassVar[tuple[str, ...]] = tuple(MASK_TOKEN_IDS)
     processor: ClassVar[str] = "TextProcessor"
     sample: ClassVar[str] = "block"
 
@@ -84,13 +83,13 @@ class MAELMConfig(VariantConfig):
             self.mask_token_id = MASK_TOKEN_IDS[self.backbone_config.model_type]
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
-                f"mask_token_id is {self.mask_token_id} and the backbone's vocab_size {self.vocab_size}: set it to the "
-                "tokenizer's mask_token_id."
+                f"mask_token_id is {self.mask_token_id} and the backbone's vocab_size {self.vocab_size}: set it to "
+                "the tokenizer's mask_token_id."
             )
         if not 0.0 <= self.mask_probability < 1.0:
             raise ValueError(
-                f"mask_probability is {self.mask_probability}; it must lie in [0, 1), because the encoder needs tokens "
-                "to see. The paper's is 0.15."
+                f"mask_probability is {self.mask_probability}; it must lie in [0, 1), because the encoder needs "
+                "tokens to see. The paper's is 0.15."
             )
         if self.backbone_config.is_decoder:
             raise ValueError("The backbone's is_decoder is True, and an encoder has to see both sides: set it False.")
@@ -126,12 +125,9 @@ class MAELMConfig(VariantConfig):
         )
 
     def processor_settings(self) -> dict:
-        return {
-            "max_length": longest_text(self.backbone_config),
+        return super().processor_settings() | {
             "mask_probability": self.mask_probability,
             "mask_special_tokens": self.mask_special_tokens,
-            "vocab_size": self.vocab_size,
-            "pad_token_id": self.backbone_config.pad_token_id,
             "mask_token_id": self.mask_token_id,
         }
 
@@ -179,9 +175,7 @@ class MAELMDecoder(PreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.encoder = BertEncoder(config)
         self.head = BertPredictionHeadTransform(config)
-        self.head_to_embedding = (
-            nn.Linear(width, encoder_size, bias=False) if width != encoder_size else nn.Identity()
-        )
+        self.head_to_embedding = nn.Linear(width, encoder_size, bias=False) if width != encoder_size else nn.Identity()
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.post_init()
 
@@ -208,8 +202,6 @@ class MAELMPreTrainedModel(VariantModel):
     """How all classes of MAE-LM encode."""
 
     config: MAELMConfig
-    main_input_name = "input_ids"
-    input_modalities = ("text",)
     _no_split_modules: ClassVar[list[str]] = ["BertLayer", "RobertaLayer", "XLMRobertaLayer"]
 
     @property
@@ -565,9 +557,10 @@ def convert_official_weights(state_dict: dict[str, torch.Tensor], config: MAELMC
 
 
 def tiny_config() -> MAELMConfig:
-    return MAELMConfig(
-        backbone_config=tiny_bert(max_position_embeddings=20), mask_token_id=4, decoder_num_hidden_layers=1
-    )
+    # Without dropout, and where 15 % are a whole number of tokens, two halves of a batch equal the whole.
+    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_hidden_layers": 1}
+    backbone_config = tiny_bert(max_position_embeddings=20, **plain)
+    return MAELMConfig(backbone_config=backbone_config, mask_token_id=4, decoder_num_hidden_layers=1)
 
 
 def example_inputs(config: MAELMConfig, batch: int) -> dict[str, torch.Tensor]:

@@ -4,21 +4,29 @@ import torch
 from transformers import BertConfig, PreTrainedConfig
 
 # Encoders of texts whose `last_hidden_state` is (batch, tokens, width) and that take `input_ids` and `attention_mask`.
-TEXT_BACKBONES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "mpnet")
+TEXT_BACKBONES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
 
-# Those that also take `position_ids` -> what the first position is, less the padding's id.
-POSITIONED_BACKBONES = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
+# Those whose positions begin after the padding's id.
+AFTER_PADDING = ("roberta", "xlm-roberta")
 
 
 def position_offset(config: PreTrainedConfig) -> int:
     """The `position_ids` of a text's first token: 0, or after the padding's id (RoBERTa)."""
-    step = POSITIONED_BACKBONES[config.model_type]
-    return step and config.pad_token_id + step
+    return config.pad_token_id + 1 if config.model_type in AFTER_PADDING else 0
 
 
 def longest_text(config: PreTrainedConfig) -> int:
     """Tokens of the longest text that an encoder has positions for."""
     return config.max_position_embeddings - position_offset(config)
+
+
+def text_settings(config: PreTrainedConfig) -> dict:
+    """Arguments with which a `TextProcessor` fits an encoder."""
+    return {
+        "max_length": longest_text(config),
+        "vocab_size": config.vocab_size,
+        "pad_token_id": config.pad_token_id,
+    }
 
 
 def check_input_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> None:
