@@ -148,12 +148,26 @@ def stereo_table(result: dict) -> str:
     )
 
 
+def text_table(result: dict) -> str:
+    lines = ["| held-out masked tokens | loss, nats | accuracy, % |", "|---|---|---|"]
+    for name, row in result["rows"].items():
+        lines.append(f"| {name} | {row['loss']:.2f} | {100 * row['accuracy']:.1f} |")
+    runs = list(result["seeds"].values())
+    minutes = sum(run["training_seconds"] for run in runs) / len(runs) / 60
+    seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else "one seed"
+    return "\n".join(lines) + (
+        f"\n\n`{result['recipe']}`{_flags(result)}, {runs[0]['epochs']:.3g} epochs in {minutes:.0f} minutes on "
+        f"{_cores(result['environment'])}; {seeds} (`python benchmarks/text.py`).\n"
+    )
+
+
 KINDS = {
     "cost": cost_table,
     "learning": learning_table,
     "step": step_table,
     "feeding": feeding_table,
     "stereo": stereo_table,
+    "text": text_table,
 }
 
 

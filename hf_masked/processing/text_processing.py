@@ -172,8 +172,8 @@ class TextProcessor(FeatureExtractionMixin):
         found = {len(sample) for sample in samples}
         if found != {self.num_views}:
             raise ValueError(
-                f"Samples have {', '.join(map(str, sorted(found)))} texts and num_views is {self.num_views}: each text "
-                "of a sample gives one view."
+                f"Samples have {', '.join(map(str, sorted(found)))} texts and num_views is {self.num_views}: each "
+                "text of a sample gives one view."
             )
         tokens = self._tokenized([text for sample in samples for text in sample], padding)
         return {name: value.unflatten(0, (len(samples), -1)) for name, value in tokens.items()}

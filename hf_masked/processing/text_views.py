@@ -8,8 +8,8 @@ from hf_masked.randomness import Draw
 def kept_by_deletion(draw: Draw, movable: torch.Tensor, probability: float) -> torch.Tensor:
     """Leaves tokens out, each with the same probability; of each text one stays at least.
 
-    Word deletion of SimCSE (Gao et al., EMNLP 2021, arXiv 2104.08821, table 1) and of Contriever (Izacard et al., arXiv
-    2112.09118, section 3.1), on tokens.
+    Word deletion of SimCSE (Gao et al., EMNLP 2021, arXiv 2104.08821, table 1) and of Contriever (Izacard et al.,
+    arXiv 2112.09118, section 3.1), on tokens.
 
     Args:
         draw: source of uniform numbers, one for each token.

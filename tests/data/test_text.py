@@ -105,7 +105,9 @@ BERT = {
 }
 
 
-@pytest.mark.parametrize("method", ["mae_lm", "simclr", "triplet"])
+@pytest.mark.parametrize(
+    "method", ["mae_lm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("simclr", "byol", "triplet"))]
+)
 def test_training_program_takes_texts(method, tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"text": f"text {n} of class {n % 2}, and more of it", "label": n % 2} for n in range(40)]

@@ -348,8 +348,8 @@ class MAELMForPreTraining(MAELMPreTrainedModel):
         """bool (batch, tokens): from `noise`, from `generator`, or as `model_draw` says."""
         if not self.config.mask_special_tokens:
             raise ValueError(
-                "mask_special_tokens is False, and the model does not know the special tokens: pass `bool_masked_pos`, "
-                "as TextProcessor draws it in training."
+                "mask_special_tokens is False, and the model does not know the special tokens: pass "
+                "`bool_masked_pos`, as TextProcessor draws it in training."
             )
         draw = model_draw(len(input_ids), input_ids.device, self.training, generator, noise)
         return token_mask(draw, there, self.config.mask_probability)
@@ -515,8 +515,8 @@ def official_config(state_dict: dict[str, torch.Tensor]) -> MAELMConfig:
     biased = [name for name in state_dict if name.endswith("relative_attention_bias.weight")]
     if biased:
         raise ValueError(
-            f"The checkpoint has a relative position bias ({biased[0]}), for which BERT has no place: only runs of the "
-            "reference with `--rel-pos 0` can be converted."
+            f"The checkpoint has a relative position bias ({biased[0]}), for which BERT has no place: only runs of "
+            "the reference with `--rel-pos 0` can be converted."
         )
     encoder, decoder = "encoder.sentence_encoder.", "gen_decoder.sentence_encoder."
 

@@ -42,8 +42,8 @@ def check_input_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None
         )
     if not torch.compiler.is_compiling() and input_ids.numel() and int(input_ids.max()) >= vocab_size:
         raise ValueError(
-            f"`input_ids` holds {int(input_ids.max())}, and the encoder's vocabulary has {vocab_size} tokens: take the "
-            "tokenizer that belongs to it."
+            f"`input_ids` holds {int(input_ids.max())}, and the encoder's vocabulary has {vocab_size} tokens: take "
+            "the tokenizer that belongs to it."
         )
 
 

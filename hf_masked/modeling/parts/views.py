@@ -43,8 +43,8 @@ def split_views(inputs: Inputs, num_views: int) -> list[Inputs]:
     for name, value in inputs.items():
         if value.ndim != 3 or value.shape[1] != num_views:
             raise ValueError(
-                f"`{name}` has shape {tuple(value.shape)}; expected (batch, {num_views}, tokens): {num_views} views of "
-                f"each text, as TextProcessor(num_views={num_views}) makes them in training."
+                f"`{name}` has shape {tuple(value.shape)}; expected (batch, {num_views}, tokens): {num_views} views "
+                f"of each text, as TextProcessor(num_views={num_views}) makes them in training."
             )
     return [{name: value[:, view] for name, value in inputs.items()} for view in range(num_views)]
 
