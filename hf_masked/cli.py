@@ -32,6 +32,7 @@ def list_methods(
 ) -> None:
     """Every method on one line."""
     from hf_masked import CATALOGUE
+    from hf_masked.modeling.registry import load_later_families
     from hf_masked.processing.masks import MASKS
 
     if masks:
@@ -39,6 +40,7 @@ def list_methods(
             [("mask", "what it is"), *((kind, inspect.getdoc(mask).splitlines()[0]) for kind, mask in MASKS.items())]
         )
         return
+    missing = load_later_families()
     rows = [("method", "year", "family", "data", "backbones", "masks", "predicts")]
     for name, variant in sorted(CATALOGUE.items()):
         config = variant.config
@@ -46,6 +48,8 @@ def list_methods(
         facts = (str(config.paper_year), variant.family, config.modality, backbones, config.masks, config.predicts)
         rows.append((name, *facts))
     _table(rows)
+    for family, extra in missing.items():
+        typer.echo(f"More in {family} after: pip install 'hf-masked[{extra}]'")
 
 
 def _table(rows: list[tuple[str, ...]]) -> None:
@@ -72,11 +76,9 @@ def info(method: Annotated[str, typer.Argument(help="Name of a method, see `hf-m
         "backbones": ", ".join(config.backbones),
         "masks": config.masks,
         "predicts": config.predicts,
-        "classes": ", ".join(
-            c.__name__ for c in (config, variant.model, variant.pretraining, *variant.heads.values())
-        ),
-        "processor": config.processor,
-        "declined checks": "; ".join(f"{k}: {v}" for k, v in variant.pretraining.declined_checks.items()) or "none",
+        "classes": ", ".join(c.__name__ for c in variant.classes),
+        "processor": variant.processor,
+        "declined checks": "; ".join(f"{k}: {v}" for k, v in variant.declined_checks.items()) or "none",
     }
     for name, value in facts.items():
         typer.echo(f"{name:<20}{value}")
@@ -115,14 +117,16 @@ def export(
     ] = False,
 ) -> None:
     """The plain encoder, which loads where hf_masked is not installed."""
-    from transformers import AutoImageProcessor, AutoModelForPreTraining
+    from transformers import AutoModelForPreTraining
 
     import hf_masked  # noqa: F401 (registers the methods)
     from hf_masked.training.export import export_encoder
+    from hf_masked.training.hub import processor_of
 
     model = AutoModelForPreTraining.from_pretrained(checkpoint)
-    export_encoder(model, AutoImageProcessor.from_pretrained(checkpoint), output, rgb=rgb)
-    typer.echo(f"Wrote {output}: a plain {type(model.backbone).__name__} and its image processor.")
+    export_encoder(model, processor_of(model), output, rgb=rgb)
+    what = " and its image processor" if model.config.modality == "image" else ""
+    typer.echo(f"Wrote {output}: a plain {type(model.backbone).__name__}{what}.")
 
 
 @app.command()
@@ -137,6 +141,12 @@ def evaluate(
     retrieve: Annotated[
         bool, typer.Option("--retrieval", help="Recall@k and mean average precision among the test pictures.")
     ] = False,
+    one_shot: Annotated[
+        int, typer.Option(help="Ways of one-shot questions about the test pictures, e.g. 20; 0 for none.")
+    ] = 0,
+    propagation: Annotated[
+        bool, typer.Option("--propagation", help="Instead: carry masks through the clips of a folder like DAVIS's.")
+    ] = False,
     finetune: Annotated[list[str], typer.Option(help="Shares of labels to fine-tune with, e.g. 1%, or counts.")] = [],  # noqa: B006
     train_split: str = "train",
     test_split: str = "test",
@@ -148,26 +158,35 @@ def evaluate(
         Path | None, typer.Option(help="JSON file; by default evaluation.json in the checkpoint.")
     ] = None,
 ) -> None:
-    """Judges an encoder, ours or any of transformers, on labelled pictures; writes JSON."""
+    """Judges an encoder, ours or any of transformers, on labelled pictures; writes JSON.
+
+    A model of stereo matching is judged on pairs with disparities.
+    """
     from hf_masked.evaluation.features import load_encoder
     from hf_masked.evaluation.report import evaluate_encoder, write_report
     from hf_masked.training.cards import hub_id, write_card
 
-    encoder, settings = load_encoder(checkpoint)
-    train, test, name, _ = _labelled(
-        dataset_name, settings, (train_split, test_split), image_column, label_column, limit, seed
-    )
-    results = evaluate_encoder(
-        encoder,
-        settings,
-        train,
-        test,
-        knn=knn,
-        linear=tuple(linear),
-        retrieve=retrieve,
-        finetune=tuple(_share_or_count(text) for text in finetune),
-        seed=seed,
-    )
+    if _matches_stereo(checkpoint):
+        results, name = _judged_on_pairs(checkpoint, dataset_name, test_split)
+    elif propagation:
+        results, name = _judged_on_clips(checkpoint, dataset_name)
+    else:
+        encoder, settings = load_encoder(checkpoint)
+        train, test, name, _ = _labelled(
+            dataset_name, settings, (train_split, test_split), image_column, label_column, limit, seed
+        )
+        results = evaluate_encoder(
+            encoder,
+            settings,
+            train,
+            test,
+            knn=knn,
+            linear=tuple(linear),
+            retrieve=retrieve,
+            one_shot=one_shot,
+            finetune=tuple(_share_or_count(text) for text in finetune),
+            seed=seed,
+        )
     for measure, figures in results.items():
         typer.echo(f"{measure:<24}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     path = output or (Path(checkpoint) / "evaluation.json" if Path(checkpoint).is_dir() else Path("evaluation.json"))
@@ -193,6 +212,10 @@ def finetune(
     labels: Annotated[str, typer.Option(help="Share of the labels to use (1%, 100%) or their number.")] = "100%",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch_size: int = 64,
+    regularizer: Annotated[
+        str | None, typer.Option(help="cutout, manifold_mixup or masksub: what helps against overfitting.")
+    ] = None,
+    regularizer_options: Annotated[str, typer.Option(help="Its settings, for example '{length: 8}'.")] = "{}",
     train_split: str = "train",
     test_split: str = "test",
     image_column: str | None = None,
@@ -217,6 +240,7 @@ def finetune(
         settings=settings,
         steps=steps,
         batch_size=batch_size,
+        regularizer=_regularizer(regularizer, regularizer_options),
         seed=seed,
         label_names=names,
         output_dir=str(output),
@@ -230,7 +254,7 @@ def finetune(
 def visualize(
     checkpoint: Checkpoint,
     images: Annotated[
-        list[Path], typer.Argument(help="Pictures, or folders of them; those of a pair one after the other.")
+        list[Path], typer.Argument(help="Files, or folders of them; those of a pair one after the other.")
     ],
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("visualization.png"),
     rows: Annotated[int, typer.Option(help="Pictures, or pairs, drawn at most.")] = 8,
@@ -247,31 +271,28 @@ def visualize(
     typer.echo(f"Wrote {output}.")
 
 
-def _panels(checkpoint: str, images: list[Path], rows: int):
+def _panels(checkpoint: str, files: list[Path], rows: int):
     """What a method masks and predicts, or compares."""
-    from transformers import AutoImageProcessor, AutoModelForPreTraining
+    from transformers import AutoModelForPreTraining
 
-    from hf_masked.training.visualization import picture_grid
+    from hf_masked.training.hub import processor_of
+    from hf_masked.training.modalities import modality_of
 
     model = AutoModelForPreTraining.from_pretrained(checkpoint).eval()
-    processor = AutoImageProcessor.from_pretrained(checkpoint)
-    pictures_per_sample = 1 if model.config.sample == "picture" else processor.num_views
-    pictures = list(_readable(images, rows * pictures_per_sample).values())
-    if model.config.sample != "picture":
-        pictures = _in_samples(pictures, pictures_per_sample)
-    panels = model.pictures(processor.picture_inputs(processor.prepare(pictures)))
-    return picture_grid({name: processor.denormalize(panel) for name, panel in panels.items()}, rows)
+    modality, processor = modality_of(model.config), processor_of(model)
+    return modality.picture(model, processor, modality.from_files(files, processor, model.config, rows))
 
 
 def _neighbours(checkpoint: str, images: list[Path], rows: int, count: int):
     """The first picture of each folder, then the second of each, ..., with their nearest neighbours among all; folders
     are classes, where there are several."""
+    from hf_masked.data.folders import readable_pictures
     from hf_masked.evaluation.features import extract_features, load_encoder
     from hf_masked.evaluation.retrieval import nearest
     from hf_masked.training.visualization import retrieval_grid
 
     encoder, settings = load_encoder(checkpoint)
-    found = _readable(images)
+    found = readable_pictures(images)
     by_folder = groupby(sorted(found), key=lambda path: path.parent)
     paths = [path for turn in zip_longest(*(list(files) for _, files in by_folder)) for path in turn if path]
     pixels = _processor_for(settings).prepare([found[path] for path in paths])
@@ -279,23 +300,6 @@ def _neighbours(checkpoint: str, images: list[Path], rows: int, count: int):
     similarity, neighbours = nearest(features, min(rows, len(paths)), count)
     classes = [path.parent.name for path in paths]
     return retrieval_grid(pixels / 255, similarity, neighbours, classes if len(set(classes)) > 1 else None)
-
-
-def _readable(images: list[Path], limit: int | None = None) -> dict[Path, object]:
-    """The readable pictures among files and folders, at most so many."""
-    from hf_masked.processing.decoding import BadImageError, open_image
-
-    pictures: dict[Path, object] = {}
-    for path in _image_files(images):
-        try:
-            pictures[path] = open_image(str(path), str(path))
-        except BadImageError as error:
-            typer.echo(f"left out: {error}", err=True)
-        if len(pictures) == limit:
-            break
-    if not pictures:
-        raise ValueError(f"There is no readable picture in {', '.join(map(str, images))}.")
-    return pictures
 
 
 @app.command()
@@ -432,11 +436,52 @@ def push(
     typer.echo(f"Pushed {folder}: {commit.commit_url}")
 
 
-def _in_samples(pictures: list, size: int) -> list[list]:
-    """Pictures in turn as samples of so many; what is left over is left out."""
-    if len(pictures) < size:
-        raise ValueError(f"A sample of this method has {size} pictures, and there are {len(pictures)} readable ones.")
-    return [pictures[start : start + size] for start in range(0, len(pictures) - size + 1, size)]
+def _regularizer(name: str | None, options: str):
+    import yaml
+
+    from hf_masked.modeling.registry import get_variant
+
+    if name is None:
+        return None
+    variant = get_variant(name)
+    if variant.kind != "method":
+        raise ValueError(
+            f"{name} is a {variant.kind}, which helps no supervised learner: `hf-masked list` shows those."
+        )
+    try:
+        return variant.method(variant.config(**yaml.safe_load(options)))
+    except TypeError as error:
+        raise ValueError(f"{name} has no such settings: {options} ({error}).") from error
+
+
+def _matches_stereo(checkpoint: str) -> bool:
+    from transformers import AutoConfig
+
+    import hf_masked  # noqa: F401 (registers the methods)
+
+    return getattr(AutoConfig.from_pretrained(checkpoint), "sample", None) == "stereo"
+
+
+def _judged_on_pairs(checkpoint: str, dataset_name: str, split: str) -> tuple[dict, str]:
+    """Errors of disparities, and the name of the pairs."""
+    from hf_masked.data.stereo import load_stereo
+    from hf_masked.evaluation.stereo import StereoMatcher, evaluate_pairs
+
+    matcher = StereoMatcher.from_pretrained(checkpoint)
+    config, size = matcher.model.config, tuple(matcher.processor.size.values())
+    source = load_stereo(dataset_name, split, size, config.max_disparity, config.num_channels)
+    return {"stereo": evaluate_pairs(matcher, source)}, source.name
+
+
+def _judged_on_clips(checkpoint: str, folder: str) -> tuple[dict, str]:
+    """J and F of masks that are carried through clips, and the name of these."""
+    from hf_masked.data.annotated_clips import annotated_clips
+    from hf_masked.evaluation.features import load_encoder
+    from hf_masked.evaluation.label_propagation import evaluate_clips
+
+    encoder, settings = load_encoder(checkpoint)
+    clips = annotated_clips(folder, settings.num_channels)
+    return {"label_propagation": evaluate_clips(encoder, settings, clips)}, folder
 
 
 def _processor_for(settings):
@@ -465,18 +510,6 @@ def _share_or_count(text: str) -> float | int:
         return float(text[:-1]) / 100 if text.endswith("%") else int(text)
     except ValueError as error:
         raise ValueError(f"{text!r} is neither a share such as 1% nor a number of labels such as 600.") from error
-
-
-def _image_files(paths: list[Path]) -> list[Path]:
-    from PIL import Image
-
-    endings = Image.registered_extensions()
-    files = []
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"There is no file or folder {path}.")
-        files += sorted(f for f in path.rglob("*") if f.suffix.lower() in endings) if path.is_dir() else [path]
-    return files
 
 
 def main() -> None:

@@ -5,16 +5,17 @@ A file here is imported when a method of its modality is trained, and offers `MO
 
 from abc import ABC, abstractmethod
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_masked.data.keyed import KeyedDataset
 from hf_masked.modeling.base import VariantConfig
 
 # `VariantConfig.modality` -> the file in this folder.
-FILES = {"image": "image", "text": "text"}
+FILES = {"graph": "graph", "image": "image", "text": "text", "video": "video"}
 
 
 class Modality(ABC):
@@ -56,9 +57,28 @@ class Modality(ABC):
         """Some samples, prepared without randomness, for `picture`; None where nothing can be drawn."""
         return None
 
+    def from_files(self, paths: list[Path], processor, config: VariantConfig, count: int):
+        """The same of files, or folders of them, that a user names, for `hf-masked visualize`.
+
+        Raises:
+            ValueError: for paths that are not there or hold nothing readable, and where nothing can be drawn.
+        """
+        raise ValueError(f"hf-masked visualize draws nothing of {config.modality}.")
+
     def picture(self, model: PreTrainedModel, processor, samples) -> Image.Image:
-        """What the model masks and predicts of the samples of `shown`."""
+        """What the model masks and predicts of the samples of `shown` or `from_files`."""
         raise NotImplementedError(f"Nothing is drawn of {type(self).__name__}.")
+
+    def observers(self, trainer, source, data, config: VariantConfig) -> list[TrainerCallback]:
+        """Callbacks that judge the model, while it trains, as makes sense in this modality alone.
+
+        Args:
+            trainer: to log with.
+            source: of the training split.
+            data: `DataArguments`.
+            config: of the model.
+        """
+        return []
 
     def labelled(self, source, processor, config: VariantConfig, limit: int | None = None, seed: int = 0):
         """(samples, classes) for probes of the frozen encoder: what `features` takes and int64 (n,); None where there
