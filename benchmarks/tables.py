@@ -148,6 +148,19 @@ def stereo_table(result: dict) -> str:
     )
 
 
+def text_table(result: dict) -> str:
+    lines = ["| held-out masked tokens | loss, nats | accuracy, % |", "|---|---|---|"]
+    for name, row in result["rows"].items():
+        lines.append(f"| {name} | {row['loss']:.2f} | {100 * row['accuracy']:.1f} |")
+    runs = list(result["seeds"].values())
+    minutes = sum(run["training_seconds"] for run in runs) / len(runs) / 60
+    seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else "one seed"
+    return "\n".join(lines) + (
+        f"\n\n`{result['recipe']}`{_flags(result)}, {runs[0]['epochs']:.3g} epochs in {minutes:.0f} minutes on "
+        f"{_cores(result['environment'])}; {seeds} (`python benchmarks/text.py`).\n"
+    )
+
+
 def weight_table(result: dict) -> str:
     """Masks on weights: what a task costs and, as far as it is measured, what it learns beside all weights."""
     tasks = sorted({task for row in result["learning"].values() for task in row})
@@ -229,6 +242,7 @@ KINDS = {
     "step": step_table,
     "feeding": feeding_table,
     "stereo": stereo_table,
+    "text": text_table,
     "weight": weight_table,
 }
 

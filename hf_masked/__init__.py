@@ -13,6 +13,8 @@ from hf_masked.modeling.masked_graph import *  # noqa: F403
 from hf_masked.modeling.masked_graph import __all__ as _masked_graph
 from hf_masked.modeling.masked_image import *  # noqa: F403
 from hf_masked.modeling.masked_image import __all__ as _masked_image
+from hf_masked.modeling.masked_language import *  # noqa: F403
+from hf_masked.modeling.masked_language import __all__ as _masked_language
 from hf_masked.modeling.masked_latent import *  # noqa: F403
 from hf_masked.modeling.masked_latent import __all__ as _masked_latent
 from hf_masked.modeling.masked_supervision import *  # noqa: F403
@@ -28,6 +30,7 @@ from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
 from hf_masked.processing.one_shot_detection import OneShotDetectionProcessor
 from hf_masked.processing.stereo import StereoImageProcessor
+from hf_masked.processing.text_processing import TextProcessor
 from hf_masked.processing.video_processing import MaskedVideoProcessor
 
 __version__ = "0.1.0"
@@ -51,9 +54,11 @@ __all__ = [
     "MultiViewImageProcessor",
     "StereoImageProcessor",
     "OneShotDetectionProcessor",
+    "TextProcessor",
     "get_variant",
     *_masked_graph,
     *_masked_image,
+    *_masked_language,
     *_masked_latent,
     *_masked_supervision,
     *_masked_video,

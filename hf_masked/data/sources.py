@@ -200,7 +200,7 @@ class TableSource(ImageSource):
         self._cells = _undecoded(dataset, self._columns).select_columns(self._columns).with_format("arrow")
         self._labels = None
         if label_column is not None:
-            labels, self.class_names = _class_indices(dataset, label_column)
+            labels, self.class_names = class_indices(dataset, label_column)
             self._labels = labels.repeat_interleave(self.pictures_per_row)
 
     def __len__(self) -> int:
@@ -355,9 +355,16 @@ def check_channels(images: torch.Tensor, num_channels: int, name: str) -> torch.
 
 
 def _load_rows(dataset_name, split, config_name, streaming, cache_dir):
+    path, options = _locate(dataset_name)
+    return read_rows(dataset_name, path, split, config_name, streaming, cache_dir, **options)
+
+
+def read_rows(
+    dataset_name: str, path: str, split: str, config_name=None, streaming: bool = False, cache_dir=None, **options
+):
+    """`datasets.load_dataset(path, ...)`; whatever goes wrong is a ValueError that says what to do."""
     import datasets
 
-    path, options = _locate(dataset_name)
     try:
         return datasets.load_dataset(
             path, config_name, split=split, streaming=streaming, cache_dir=cache_dir, **options
@@ -444,7 +451,7 @@ def _undecoded(rows, image_columns: list[str]):
     return rows
 
 
-def _class_indices(dataset, label_column: str) -> tuple[torch.Tensor, list[str] | None]:
+def class_indices(dataset, label_column: str) -> tuple[torch.Tensor, list[str] | None]:
     """int64 (n,), -1 for empty cells, and the classes' names, if they have any."""
     from datasets import ClassLabel
 

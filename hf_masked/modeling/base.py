@@ -9,9 +9,21 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ViTConfi
 from hf_masked.modeling.parts.backbones import build_backbone, copy_weights, load_backbone, without_mask_token
 from hf_masked.modeling.parts.momentum import MomentumTwin
 from hf_masked.modeling.parts.teachers import FrozenTeacher
+from hf_masked.modeling.parts.text import TEXT_BACKBONES, text_settings
 
 # Settings of processors for whole pictures, without augmentation.
 WHOLE_PICTURE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0, "crop_fraction": 1.0}
+
+
+class ByBackbone:
+    """A fact of methods that take pictures or texts: of a config, what its backbone takes; of the class, pictures."""
+
+    def __init__(self, pictures: str, texts: str):
+        self.pictures, self.texts = pictures, texts
+
+    def __get__(self, config: "VariantConfig | None", owner: type | None = None) -> str:
+        backbone = None if config is None else config.backbone_config
+        return self.texts if getattr(backbone, "model_type", None) in TEXT_BACKBONES else self.pictures
 
 
 class VariantConfig(PreTrainedConfig):
@@ -81,6 +93,8 @@ class VariantConfig(PreTrainedConfig):
 
     def processor_settings(self) -> dict:
         """Arguments with which the variant's processor fits this config; recipes override the rest."""
+        if self.modality == "text":
+            return text_settings(self.backbone_config)
         return {"size": self.image_size, "num_channels": self.num_channels}
 
 
@@ -117,6 +131,8 @@ class VariantModel(PreTrainedModel):
 
     def __init__(self, config: VariantConfig):
         super().__init__(config)
+        if config.modality == "text":
+            self.main_input_name, self.input_modalities = "input_ids", ("text",)
         self.backbone = build_backbone(config.backbone_config, mask_token=self.uses_mask_token)
 
     def post_init(self):

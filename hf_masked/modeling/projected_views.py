@@ -13,7 +13,9 @@ from transformers.utils import can_return_tuple
 from hf_masked.modeling.base import VariantConfig, VariantModel
 from hf_masked.modeling.parts.backbones import last_scales_of_residual_blocks
 from hf_masked.modeling.parts.heads import init_as_torch
-from hf_masked.modeling.parts.pooling import POOLED_BACKBONES, encode_pooled
+from hf_masked.modeling.parts.pooling import POOLED_BACKBONES, check_text_pooling, encode_pooled
+from hf_masked.modeling.parts.text import example_texts
+from hf_masked.modeling.parts.views import Inputs, inputs_of
 
 
 class ProjectedViewsConfig(VariantConfig):
@@ -26,6 +28,7 @@ class ProjectedViewsConfig(VariantConfig):
         projection_hidden_dim: of the projector; by default the encoder's width.
         projection_layers: linear layers of the projector.
         zero_init_residual: start each residual block of a ResNet as the identity.
+        text_pooling: of encoders of texts, where a method takes them: "mean" of the tokens, or "cls", the first.
     """
 
     backbones: ClassVar[tuple[str, ...]] = POOLED_BACKBONES
@@ -36,6 +39,7 @@ class ProjectedViewsConfig(VariantConfig):
     projection_hidden_dim: int | None = None
     projection_layers: int = 2
     zero_init_residual: bool = False
+    text_pooling: str = "mean"
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
@@ -45,6 +49,7 @@ class ProjectedViewsConfig(VariantConfig):
     def check(self) -> None:
         super().check()
         self._check_positive("projection_dim", "projection_hidden_dim", "projection_layers")
+        check_text_pooling(self.text_pooling)
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -109,20 +114,29 @@ class ProjectedViewsModel(VariantModel):
             yield mask_token
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> ProjectionOutput:
-        """Encodes pictures.
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> ProjectionOutput:
+        """Encodes pictures, or texts.
 
         Args:
             pixel_values: float (batch, channels, height, width), normalised.
+            input_ids: int64 (batch, tokens), where the encoder takes texts.
+            attention_mask: int64 (batch, tokens), 0 for padding.
             kwargs: of the encoder, for example `output_hidden_states`.
 
         Returns:
             `ProjectionOutput`.
 
         Raises:
-            ValueError: for other channels or another rank.
+            ValueError: for other channels or another rank, or tokens outside of the vocabulary.
         """
-        outputs, features = encode_pooled(self.backbone, pixel_values, **kwargs)
+        inputs = self.inputs_of(pixel_values, input_ids, attention_mask)
+        outputs, features = encode_pooled(self.backbone, inputs, self.config.text_pooling, **kwargs)
         return ProjectionOutput(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=features,
@@ -131,28 +145,35 @@ class ProjectedViewsModel(VariantModel):
             attentions=outputs.get("attentions"),
         )
 
+    def inputs_of(self, pixel_values, input_ids, attention_mask) -> Inputs:
+        """See `hf_masked.modeling.parts.views.inputs_of`."""
+        return inputs_of(self.config.modality == "text", pixel_values, input_ids, attention_mask)
+
     def pictures(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """What there is to see, the views: name of the panel -> (batch, channels, height, width)."""
         return {f"view {number}": view for number, view in enumerate(pixel_values.unbind(dim=1), start=1)}
 
 
-def project(networks: nn.Module, view: torch.Tensor, **kwargs):
+def project(networks: nn.Module, view: Inputs, text_pooling: str = "mean", **kwargs):
     """Encodes and projects one view, which so has batch statistics of its own.
 
     Args:
         networks: holds `backbone` and `projector`: a model or its momentum twin.
-        view: float (batch, channels, height, width).
+        view: float (batch, channels, height, width), or texts, see `parts/views.py`.
+        text_pooling: of the config.
         kwargs: of the encoder.
 
     Returns:
         The encoder's output, and the projection, (batch, projection_dim).
     """
-    outputs, features = encode_pooled(networks.backbone, view, **kwargs)
+    outputs, features = encode_pooled(networks.backbone, view, text_pooling, **kwargs)
     return outputs, networks.projector(features)
 
 
-def example_views(config: ProjectedViewsConfig, batch: int) -> dict[str, torch.Tensor]:
+def example_views(config: VariantConfig, batch: int) -> dict[str, torch.Tensor]:
     """Example inputs of `forward`, from torch's generator."""
+    if config.modality == "text":
+        return example_texts(config.backbone_config, batch, config.num_views)
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return {"pixel_values": torch.randn(batch, config.num_views, config.num_channels, height, width)}

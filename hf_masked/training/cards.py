@@ -239,15 +239,16 @@ def _result(origin: dict, name: str, value: float, split: str | None) -> EvalRes
 def _section(folder: Path, name: str, variant: Variant, config: VariantConfig, run: dict, evaluation: dict) -> str:
     """What stands between the markers."""
     model_class = (config.architectures or [variant.pretraining.__name__])[0]
+    stock, kind = ("AutoTokenizer", "tokenizer") if config.modality == "text" else ("AutoImageProcessor", "processor")
     parts = [
         BEGIN.format(method=variant.name, name=name),
         "## This checkpoint",
         _summary(variant, run),
         "```python\n"
-        "from transformers import AutoImageProcessor, AutoModel\n\n"
+        f"from transformers import {', '.join(sorted(['AutoModel', stock]))}\n\n"
         f"{_origin(config.plain_model_type)}\n"
         f'encoder = AutoModel.from_pretrained("{name}", subfolder="encoder")\n'
-        f'processor = AutoImageProcessor.from_pretrained("{name}", subfolder="encoder")\n\n'
+        f'{kind} = {stock}.from_pretrained("{name}", subfolder="encoder")\n\n'
         f"from hf_masked import {model_class}  # the whole model\n\n"
         f'model = {model_class}.from_pretrained("{name}")\n'
         "```",

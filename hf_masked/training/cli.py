@@ -67,8 +67,8 @@ def train(method: MethodArguments, data: DataArguments, args: PreTrainingArgumen
             f"{variant.name} is a {variant.kind}, which train.py does not train: model_cards/{variant.name}.md shows "
             "how to use it."
         )
-    modality = modality_of(variant.config)
     model = make_model(variant, method)
+    modality = modality_of(model.config)
     processor = make_processor(variant, model, method)
     source = modality.open(data, data.train_split, model.config, processor)
     trainer = PreTrainer(
@@ -103,9 +103,12 @@ def make_model(variant: Variant, method: MethodArguments) -> PreTrainedModel:
 def make_processor(variant: Variant, model: PreTrainedModel, method: MethodArguments):
     """The variant's processor, fitted to the config and to a pretrained encoder's normalisation, then the recipe's."""
     settings = model.config.processor_settings()
-    if method.from_backbone and variant.config.modality == "image":
-        settings |= _normalization_of(method.from_backbone)
-    processor = getattr(hf_masked, variant.config.processor)(**(settings | method.processor))
+    if method.from_backbone:
+        if model.config.modality == "image":
+            settings |= _normalization_of(method.from_backbone)
+        elif model.config.modality == "text":
+            settings["tokenizer"] = method.from_backbone
+    processor = getattr(hf_masked, model.config.processor)(**(settings | method.processor))
     if model.teachers():  # which undo this normalisation, to make their own
         model.config.image_mean, model.config.image_std = processor.image_mean, processor.image_std
     return processor

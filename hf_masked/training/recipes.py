@@ -57,7 +57,8 @@ class DataArguments:
         metadata={
             "help": "Hub id, folder of images, Parquet or tar files, their folder or URL, a cache of "
             "`hf-masked cache`, `fashion_mnist`, or `digits`; for stereo matching a folder of pairs, or "
-            "`synthetic_stereo`; a graph as .npz file, `cora`, `citeseer`, `pubmed` or `karate_club`."
+            "`synthetic_stereo`; a graph as .npz file, `cora`, `citeseer`, `pubmed` or `karate_club`; "
+            "for texts a Hub id, or a file or folder of plain text, Parquet, JSON or CSV."
         }
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
@@ -68,6 +69,10 @@ class DataArguments:
         metadata={
             "help": "Column of the pictures, where it is unclear; several, with commas between them, for pairs."
         },
+    )
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the texts, where it is unclear; several, with commas between them, for pairs."},
     )
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, where it is unclear."})
     frame_gap: list[int] | None = field(

@@ -33,9 +33,10 @@ def processor_of(variant: Variant, config):
 
 def saved_processor(variant: Variant, folder):
     """The processor that was saved in a folder or repository, as users get it."""
-    if variant.config.modality == "image":
+    config = variant.tiny_config()
+    if config.modality == "image":
         return AutoImageProcessor.from_pretrained(folder)
-    return getattr(hf_masked, variant.config.processor).from_pretrained(folder)
+    return getattr(hf_masked, config.processor).from_pretrained(folder)
 
 
 def skip_unless_pictures(variant: Variant) -> None:
@@ -46,7 +47,7 @@ def skip_unless_pictures(variant: Variant) -> None:
 
 def examples_of(variant: Variant):
     """The file in `examples/` of the variant's modality: makes data that the suite trains on."""
-    return import_module(f"tests.conformance.examples.{variant.config.modality}")
+    return import_module(f"tests.conformance.examples.{variant.tiny_config().modality}")
 
 
 def training_data(variant: Variant, processor, count: int, seed: int = 0) -> KeyedDataset:
@@ -100,8 +101,8 @@ def _varied(config, backbone_settings: dict) -> dict:
 
 
 def tiny_teacher(config) -> dict:
-    """The settings of a config that name its teacher or tokenizer, where it has one."""
-    names = ("teacher", "teacher_config", "tokenizer", "tokenizer_config")
+    """The settings of a config that name its teacher, tokenizer or mask token, where it has one."""
+    names = ("teacher", "teacher_config", "tokenizer", "tokenizer_config", "mask_token_id")
     return {name: value for name, value in vars(config).items() if name in names}
 
 

@@ -229,5 +229,6 @@ def test_processor_makes_what_the_model_takes(variant):
     batch = processor(**users_samples(variant, processor, 3), training=True, seed=0)
     assert set(batch) <= set(processor.model_input_names)
     if variant.pretraining.uses_classes:  # which a data set knows
-        batch["classes"] = torch.arange(batch["pixel_values"].shape[:2].numel()).view(3, -1)
+        views = batch[tiny_model(variant, config).main_input_name].shape[:2]
+        batch["classes"] = torch.arange(views.numel()).view(3, -1)
     assert tiny_model(variant, config)(**batch).loss.isfinite()

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_masked.modeling.parts.patches import check_pixel_values, pair
+from hf_masked.modeling.parts.text import check_input_ids
 
 POOLINGS = ("auto", "mean", "cls", "pooler")
 
@@ -91,23 +92,37 @@ def pool_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str
     return (hidden * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def encode_pooled(backbone: PreTrainedModel, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
-    """Runs a stock encoder on pictures of any size.
+def check_text_pooling(pooling: str) -> None:
+    """Raises a ValueError for an unknown pooling of texts."""
+    if pooling not in TOKEN_POOLINGS:
+        raise ValueError(f"text_pooling is {pooling!r}; it must be one of {', '.join(TOKEN_POOLINGS)}.")
+
+
+def encode_pooled(
+    backbone: PreTrainedModel, inputs: torch.Tensor | dict[str, torch.Tensor], text_pooling: str = "mean", **kwargs
+) -> tuple[ModelOutput, torch.Tensor]:
+    """Runs a stock encoder on pictures of any size, or on texts.
 
     Args:
         backbone: a stock transformers encoder.
-        pixel_values: float (batch, channels, height, width).
+        inputs: pictures, float (batch, channels, height, width); or texts, a dict of `input_ids` and
+            `attention_mask`, int64 (batch, tokens).
+        text_pooling: of texts, see `pool_tokens`.
         kwargs: of the encoder's `forward`.
 
     Returns:
-        The encoder's output, and one vector per picture, (batch, width), as `pool` says for "auto".
+        The encoder's output, and one vector per picture, (batch, width), as `pool` says for "auto", or per text.
 
     Raises:
-        ValueError: for other channels or another rank.
+        ValueError: for other channels or another rank; for tokens outside of the vocabulary.
     """
-    check_pixel_values(pixel_values, backbone.config.num_channels)
-    size = tuple(pixel_values.shape[-2:])
-    outputs = backbone(pixel_values.to(backbone.dtype), **interpolation_argument(backbone, size), **kwargs)
+    if isinstance(inputs, dict):
+        check_input_ids(inputs["input_ids"], inputs["attention_mask"], backbone.config.vocab_size)
+        outputs = backbone(**inputs, **kwargs)
+        return outputs, pool_tokens(outputs.last_hidden_state, inputs["attention_mask"], text_pooling)
+    check_pixel_values(inputs, backbone.config.num_channels)
+    size = tuple(inputs.shape[-2:])
+    outputs = backbone(inputs.to(backbone.dtype), **interpolation_argument(backbone, size), **kwargs)
     return outputs, pool(outputs, backbone.config, size)
 
 

@@ -12,11 +12,14 @@ from torch import nn
 from transformers import ResNetConfig
 from transformers.utils import can_return_tuple
 
+from hf_masked.modeling.base import ByBackbone
 from hf_masked.modeling.outputs import PreTrainingOutput
 from hf_masked.modeling.parts.heads import MLPHead
 from hf_masked.modeling.parts.losses import negative_cosine, normalized_std
 from hf_masked.modeling.parts.momentum import MomentumTwin, cosine_momentum
-from hf_masked.modeling.parts.pooling import check_views
+from hf_masked.modeling.parts.pooling import POOLED_BACKBONES
+from hf_masked.modeling.parts.text import TEXT_BACKBONES
+from hf_masked.modeling.parts.views import split_views
 from hf_masked.modeling.projected_views import ProjectedViewsConfig, ProjectedViewsModel, example_views, project
 from hf_masked.modeling.registry import register_variant
 
@@ -42,7 +45,8 @@ class BYOLConfig(ProjectedViewsConfig):
 
     Args:
         backbone_config: a config of a convolutional net or Transformer whose output can be pooled to one vector;
-            ResNet-50 by default.
+            ResNet-50 by default; or of an encoder of texts.
+        text_pooling: of texts: "mean" of the tokens, or "cls", the first one's.
         projection_dim: width of the projector's output and of the predictor's.
         projection_hidden_dim, predictor_hidden_dim: of the two heads, each with one hidden layer in the paper.
         projection_layers: linear layers of the projector.
@@ -63,6 +67,9 @@ class BYOLConfig(ProjectedViewsConfig):
     reference_repository: ClassVar[str | None] = "https://github.com/google-deepmind/deepmind-research"
     masks: ClassVar[str] = "nothing: two augmented crops of a picture"
     predicts: ClassVar[str] = "a momentum twin's projection of one view from the other"
+    modality: ClassVar[str] = ByBackbone("image", "text")
+    backbones: ClassVar[tuple[str, ...]] = (*POOLED_BACKBONES, *TEXT_BACKBONES)
+    processor: ClassVar[str] = ByBackbone("MultiViewImageProcessor", "TextProcessor")
 
     projection_dim: int = 256
     projection_hidden_dim: int | None = 4096
@@ -90,6 +97,8 @@ class BYOLConfig(ProjectedViewsConfig):
         return [self.projection_dim, self.predictor_hidden_dim, self.projection_dim]
 
     def processor_settings(self) -> dict:
+        if self.modality == "text":
+            return super().processor_settings()
         photometric = [T] + [T_PRIME] * (self.num_views - 1)
         return super().processor_settings() | {"crop_scale": (0.08, 1.0), "photometric": photometric}
 
@@ -150,13 +159,22 @@ class BYOLForPreTraining(BYOLPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, return_loss: bool = True, **kwargs) -> BYOLOutput:
-        """One step on the views of pictures.
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
+    ) -> BYOLOutput:
+        """One step on the views of pictures, or texts.
 
         The views pass through each network one after the other, so that batch norm has its statistics per view.
 
         Args:
             pixel_values: float (batch, views, channels, height, width), normalised.
+            input_ids: int64 (batch, views, tokens), where the encoder takes texts.
+            attention_mask: int64 (batch, views, tokens), 0 for padding.
             return_loss: whether to compute the loss.
             kwargs: of the online encoder.
 
@@ -164,11 +182,11 @@ class BYOLForPreTraining(BYOLPreTrainedModel):
             `BYOLOutput`; each part of the loss lies in [0, 4].
 
         Raises:
-            ValueError: for other channels, views or another rank.
+            ValueError: for other channels, views or another rank, or tokens outside of the vocabulary.
         """
-        check_views(pixel_values, self.config.num_views)
-        views = pixel_values.unbind(dim=1)
-        outputs, projections = zip(*(project(self, view, **kwargs) for view in views), strict=True)
+        views = split_views(self.inputs_of(pixel_values, input_ids, attention_mask), self.config.num_views)
+        pooling = self.config.text_pooling
+        outputs, projections = zip(*(project(self, view, pooling, **kwargs) for view in views), strict=True)
         predictions = [self.predictor(projection) for projection in projections]  # (batch, projection_dim) each
         targets = self.targets(views, projections)
         loss, losses = self.loss(predictions, targets) if return_loss else (None, None)
@@ -187,14 +205,16 @@ class BYOLForPreTraining(BYOLPreTrainedModel):
         """Name of a target network -> its projections of the two views of its pair, (batch, projection_dim) each.
 
         Args:
-            views: (batch, channels, height, width) each.
+            views: (batch, channels, height, width) each, or texts.
             projections: of the online network, (batch, projection_dim) each.
         """
         if not self.config.stop_gradient:
             return {name: [projections[number] for number in pair] for name, pair in self.pairs.items()}
         with torch.no_grad():
             return {
-                name: [project(self.get_submodule(name), views[number])[1] for number in pair]
+                name: [
+                    project(self.get_submodule(name), views[number], self.config.text_pooling)[1] for number in pair
+                ]
                 for name, pair in self.pairs.items()
             }
 

@@ -11,13 +11,16 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import can_return_tuple
 
+from hf_masked.modeling.base import ByBackbone
 from hf_masked.modeling.hallucinated_views import HallucinatedViewsConfig, HallucinatedViewsModel
 from hf_masked.modeling.outputs import PreTrainingOutput
 from hf_masked.modeling.parts.backbones import tiny_vit
 from hf_masked.modeling.parts.gather import process_rank
 from hf_masked.modeling.parts.heads import MLPHead
 from hf_masked.modeling.parts.losses import nt_xent
-from hf_masked.modeling.parts.pooling import check_views
+from hf_masked.modeling.parts.pooling import POOLED_BACKBONES
+from hf_masked.modeling.parts.text import TEXT_BACKBONES
+from hf_masked.modeling.parts.views import joined, split_views
 from hf_masked.modeling.projected_views import example_views, project
 from hf_masked.modeling.registry import register_variant
 
@@ -29,7 +32,8 @@ class SimCLRConfig(HallucinatedViewsConfig):
 
     Args:
         backbone_config: a config of a convolutional net or Transformer whose output can be pooled to one vector;
-            ResNet-50 by default.
+            ResNet-50 by default; or of an encoder of texts.
+        text_pooling: of texts: "mean" of the tokens, or "cls", the first one's.
         projection_dim: width of what is compared.
         projection_hidden_dim: of the projector; by default the encoder's width.
         projection_layers: linear layers of the projector: 2 in the paper, 3 in SimCLR v2 and by default in the code.
@@ -50,6 +54,9 @@ class SimCLRConfig(HallucinatedViewsConfig):
     reference_repository: ClassVar[str] = "https://github.com/google-research/simclr"
     masks: ClassVar[str] = "nothing: two augmented crops of a picture"
     predicts: ClassVar[str] = "which view of the batch is the other one of the same picture"
+    modality: ClassVar[str] = ByBackbone("image", "text")
+    backbones: ClassVar[tuple[str, ...]] = (*POOLED_BACKBONES, *TEXT_BACKBONES)
+    processor: ClassVar[str] = ByBackbone("MultiViewImageProcessor", "TextProcessor")
 
     zero_init_residual: bool = True
     heads_batch_norm: bool = True
@@ -121,11 +128,20 @@ class SimCLRForPreTraining(SimCLRPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, return_loss: bool = True, **kwargs) -> SimCLROutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
+    ) -> SimCLROutput:
         """One step on pairs of views, which pass through the encoder together: batch norm sees both.
 
         Args:
             pixel_values: float (batch, 2, channels, height, width), normalised.
+            input_ids: int64 (batch, 2, tokens), where the encoder takes texts.
+            attention_mask: int64 (batch, 2, tokens), 0 for padding.
             return_loss: whether to compute the loss.
             kwargs: of the encoder.
 
@@ -133,10 +149,10 @@ class SimCLRForPreTraining(SimCLRPreTrainedModel):
             `SimCLROutput`.
 
         Raises:
-            ValueError: for other channels, views or another rank.
+            ValueError: for other channels, views or another rank, or tokens outside of the vocabulary.
         """
-        check_views(pixel_values, num_views=2)
-        outputs, projections = project(self, torch.cat(pixel_values.unbind(dim=1)), **kwargs)
+        views = split_views(self.inputs_of(pixel_values, input_ids, attention_mask), num_views=2)
+        outputs, projections = project(self, joined(views), self.config.text_pooling, **kwargs)
         z1, z2 = F.normalize(projections.float(), dim=1).chunk(2)  # (batch, projection_dim)
         temperature, scale = self.config.temperature, REDUCTIONS[self.config.loss_reduction]
         contrast, logits = nt_xent(z1, z2, temperature)

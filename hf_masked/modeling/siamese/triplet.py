@@ -15,12 +15,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from hf_masked.modeling.base import WHOLE_PICTURE, VariantConfig, VariantModel
+from hf_masked.modeling.base import WHOLE_PICTURE, ByBackbone, VariantConfig, VariantModel
 from hf_masked.modeling.outputs import PreTrainingOutput
 from hf_masked.modeling.parts.backbones import tiny_vit
 from hf_masked.modeling.parts.heads import init_as_torch
 from hf_masked.modeling.parts.patches import check_pixel_values
-from hf_masked.modeling.parts.pooling import POOLED_BACKBONES, check_views, encode_pooled
+from hf_masked.modeling.parts.pooling import POOLED_BACKBONES, check_text_pooling, encode_pooled
+from hf_masked.modeling.parts.text import TEXT_BACKBONES
+from hf_masked.modeling.parts.views import Inputs, inputs_of, joined, split_views
 from hf_masked.modeling.projected_views import example_views
 from hf_masked.modeling.registry import register_variant
 
@@ -109,6 +111,7 @@ class TripletConfig(VariantConfig):
             "hardest", the nearest picture of another class in the batch (arXiv 1703.07737); "semi_hard", the nearest
             of those that are farther away than the positive (Schroff et al., arXiv 1503.03832), else the farthest.
         eps: under the root of the Euclidean distance, whose gradient at 0 is infinite.
+        text_pooling: of encoders of texts: "mean" of the tokens, or "cls", the first one's.
     """
 
     model_type = "hf_masked_triplet"
@@ -118,8 +121,9 @@ class TripletConfig(VariantConfig):
     reference_repository: ClassVar[str] = "https://github.com/eladhoffer/TripletNet"
     masks: ClassVar[str] = "nothing: two pictures of a class and one of another"
     predicts: ClassVar[str] = "which of two pictures is of the anchor's class"
-    backbones: ClassVar[tuple[str, ...]] = (TripletNetConfig.model_type, *POOLED_BACKBONES)
-    processor: ClassVar[str] = "MultiViewImageProcessor"
+    modality: ClassVar[str] = ByBackbone("image", "text")
+    backbones: ClassVar[tuple[str, ...]] = (TripletNetConfig.model_type, *POOLED_BACKBONES, *TEXT_BACKBONES)
+    processor: ClassVar[str] = ByBackbone("MultiViewImageProcessor", "TextProcessor")
     sample: ClassVar[str] = "triplet"
     num_views: ClassVar[int] = 3
 
@@ -131,6 +135,7 @@ class TripletConfig(VariantConfig):
     normalize: bool = False
     mining: str = "none"
     eps: float = 1e-12
+    text_pooling: str = "mean"
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
@@ -146,10 +151,12 @@ class TripletConfig(VariantConfig):
             raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
         if self.embedding_dim is not None and self.embedding_dim < 1:
             raise ValueError(f"embedding_dim is {self.embedding_dim}; it must be at least 1, or None.")
+        check_text_pooling(self.text_pooling)
 
     def processor_settings(self) -> dict:
+        settings = super().processor_settings() | {"num_views": self.num_views}
         # No augmentation (`Data.lua` has it switched off): the whole picture, as it is.
-        return super().processor_settings() | {"num_views": self.num_views, "photometric": None} | WHOLE_PICTURE
+        return settings if self.modality == "text" else settings | {"photometric": None} | WHOLE_PICTURE
 
 
 @dataclass
@@ -168,7 +175,8 @@ class TripletModelOutput(BaseModelOutputWithPooling):
 
 @dataclass
 class TripletOutput(PreTrainingOutput):
-    """Output of `TripletForPreTraining`; the fields of the encoder are of all pictures, triplet after triplet.
+    """Output of `TripletForPreTraining`; the fields of the encoder are of all anchors, then all positives,
+    then all negatives.
 
     Args:
         embeddings: (batch, 3, embedding_dim) of anchor, positive and negative.
@@ -204,34 +212,43 @@ class TripletPreTrainedModel(VariantModel):
         if mask_token is not None:
             yield mask_token
 
-    def _embed(self, pixel_values: torch.Tensor, **kwargs):
-        outputs, features = encode_pooled(self.backbone, pixel_values, **kwargs)
+    def _embed(self, inputs: Inputs, **kwargs):
+        outputs, features = encode_pooled(self.backbone, inputs, self.config.text_pooling, **kwargs)
         embedding = self.embedding(features)
         return outputs, features, F.normalize(embedding, dim=1) if self.config.normalize else embedding
 
 
 class TripletModel(TripletPreTrainedModel):
-    """The embedding of single pictures: all that retrieval needs."""
+    """The embedding of single pictures or texts: all that retrieval needs."""
 
     def __init__(self, config: TripletConfig):
         super().__init__(config)
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> TripletModelOutput:
-        """Embeds pictures.
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> TripletModelOutput:
+        """Embeds pictures, or texts.
 
         Args:
             pixel_values: float (batch, channels, height, width), normalised.
+            input_ids: int64 (batch, tokens), where the encoder takes texts.
+            attention_mask: int64 (batch, tokens), 0 for padding.
             kwargs: of the encoder, for example `output_hidden_states`.
 
         Returns:
             `TripletModelOutput`.
 
         Raises:
-            ValueError: for other channels or another rank.
+            ValueError: for other channels or another rank, or tokens outside of the vocabulary.
         """
-        outputs, features, embedding = self._embed(pixel_values, **kwargs)
+        inputs = inputs_of(self.config.modality == "text", pixel_values, input_ids, attention_mask)
+        outputs, features, embedding = self._embed(inputs, **kwargs)
         return TripletModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=features,
@@ -251,7 +268,9 @@ class TripletForPreTraining(TripletPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         classes: torch.Tensor | None = None,
         return_loss: bool = True,
         **kwargs,
@@ -260,6 +279,8 @@ class TripletForPreTraining(TripletPreTrainedModel):
 
         Args:
             pixel_values: float (batch, 3, channels, height, width), normalised: anchor, positive, negative.
+            input_ids: int64 (batch, 3, tokens), where the encoder takes texts.
+            attention_mask: int64 (batch, 3, tokens), 0 for padding.
             classes: int64 (batch, 3) of the pictures; mining needs them.
             return_loss: whether to compute the loss.
             kwargs: of the encoder.
@@ -268,11 +289,13 @@ class TripletForPreTraining(TripletPreTrainedModel):
             `TripletOutput`; the distance ratio's loss lies in (0, 1) and is 0.25 where the distances are equal.
 
         Raises:
-            ValueError: for other channels, sets or another rank; with mining for missing classes.
+            ValueError: for other channels, sets or another rank, or tokens outside of the vocabulary; with mining for
+                missing classes.
         """
-        check_views(pixel_values, self.config.num_views)
-        outputs, _, embeddings = self._embed(pixel_values.flatten(0, 1), **kwargs)
-        embeddings = embeddings.unflatten(0, pixel_values.shape[:2]).float()  # (batch, 3, embedding_dim)
+        inputs = inputs_of(self.config.modality == "text", pixel_values, input_ids, attention_mask)
+        inputs = joined(split_views(inputs, self.config.num_views))
+        outputs, _, embeddings = self._embed(inputs, **kwargs)
+        embeddings = torch.stack(embeddings.float().chunk(self.config.num_views), dim=1)  # (batch, 3, embedding_dim)
         anchor, positive, negative = embeddings.unbind(dim=1)
         near, far = self.distance(anchor, positive), self.distance(anchor, negative)  # (batch,)
         accuracy = (far > near).float().mean()
