@@ -5,6 +5,8 @@ Importing this package registers every variant with transformers' Auto classes.
 
 from transformers import AutoImageProcessor
 
+from hf_masked.modeling.masked_generation import *  # noqa: F403
+from hf_masked.modeling.masked_generation import __all__ as _masked_generation
 from hf_masked.modeling.masked_image import *  # noqa: F403
 from hf_masked.modeling.masked_image import __all__ as _masked_image
 from hf_masked.modeling.masked_latent import *  # noqa: F403
@@ -16,6 +18,7 @@ from hf_masked.processing.crop_pairs import CropPairImageProcessor
 from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
 from hf_masked.processing.one_shot_detection import OneShotDetectionProcessor
+from hf_masked.processing.pixel_tokens import PixelTokenProcessor
 from hf_masked.processing.stereo import StereoImageProcessor
 
 __version__ = "0.1.0"
@@ -31,9 +34,11 @@ __all__ = [
     "CropPairImageProcessor",
     "MaskedImageProcessor",
     "MultiViewImageProcessor",
+    "PixelTokenProcessor",
     "StereoImageProcessor",
     "OneShotDetectionProcessor",
     "get_variant",
+    *_masked_generation,
     *_masked_image,
     *_masked_latent,
     *_siamese,
