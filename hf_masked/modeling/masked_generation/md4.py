@@ -533,14 +533,22 @@ class MD4ForPreTraining(MD4PreTrainedModel):
 
     def _probabilities(self, ids, time, classes, temperature: float, top_p: float) -> torch.Tensor:
         """Of each value of each token, float32 (batch, units, vocab_size)."""
-        mask = (ids == self.vocab_size).flatten(1)
-        logits = self.predict(ids, mask, time.expand(len(ids)), classes)[1].float() / temperature
-        probabilities = logits.softmax(dim=-1)
+        mask = ids == self.vocab_size
+        # Through `forward`, without which the weights of a sharded model are not there.
+        logits = self(
+            input_ids=ids.masked_fill(mask, 0),
+            bool_masked_pos=mask.flatten(1),
+            times=time.expand(len(ids)),
+            classes=classes,
+            return_loss=False,
+        ).logits
+        probabilities = (logits.float() / temperature).softmax(dim=-1)
         if top_p == 1:
             return probabilities
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        kept = (ordered.cumsum(dim=-1) - ordered < top_p).scatter(-1, order, ordered.cumsum(dim=-1) - ordered < top_p)
-        return (probabilities * kept) / (probabilities * kept).sum(dim=-1, keepdim=True)
+        before = ordered.cumsum(dim=-1) - ordered  # of all that are more probable
+        kept = torch.zeros_like(probabilities).scatter(-1, order, ordered * (before < top_p))
+        return kept / kept.sum(dim=-1, keepdim=True)
 
     def unmasking(self, probabilities, time, earlier) -> torch.Tensor:
         """Probabilities that a token masked at `time` has each value at `earlier`: float32 (batch, units, vocab_size);

@@ -309,7 +309,7 @@ class Oracle:
     joint = torch.tensor([[0.5, 0.1], [0.05, 0.35]])
 
     def __call__(self, ids, bool_masked_pos, times, classes):
-        other = ids.flip(1)
+        other = ids.masked_fill(bool_masked_pos, 2).flip(1)
         conditionals = torch.stack([self.joint.T, self.joint])  # of each position: (its partner's value, its own)
         conditionals = conditionals / conditionals.sum(dim=-1, keepdim=True)
         marginals = torch.stack([self.joint.sum(dim=1), self.joint.sum(dim=0)])
