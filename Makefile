@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # Two test processes with one thread each fill two cores; more threads would only get in each other's way.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-all lint format clean
+.PHONY: setup demo test test-all docs lint format clean
 
 setup: $(READY)
 
@@ -30,6 +30,9 @@ test: setup
 test-all: setup
 	$(TEST)
 
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +42,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output site

@@ -137,6 +137,12 @@ def evaluate(
     retrieve: Annotated[
         bool, typer.Option("--retrieval", help="Recall@k and mean average precision among the test pictures.")
     ] = False,
+    one_shot: Annotated[
+        int, typer.Option(help="Ways of one-shot questions about the test pictures, e.g. 20; 0 for none.")
+    ] = 0,
+    propagation: Annotated[
+        bool, typer.Option("--propagation", help="Instead: carry masks through the clips of a folder like DAVIS's.")
+    ] = False,
     finetune: Annotated[list[str], typer.Option(help="Shares of labels to fine-tune with, e.g. 1%, or counts.")] = [],  # noqa: B006
     train_split: str = "train",
     test_split: str = "test",
@@ -148,26 +154,35 @@ def evaluate(
         Path | None, typer.Option(help="JSON file; by default evaluation.json in the checkpoint.")
     ] = None,
 ) -> None:
-    """Judges an encoder, ours or any of transformers, on labelled pictures; writes JSON."""
+    """Judges an encoder, ours or any of transformers, on labelled pictures; writes JSON.
+
+    A model of stereo matching is judged on pairs with disparities.
+    """
     from hf_masked.evaluation.features import load_encoder
     from hf_masked.evaluation.report import evaluate_encoder, write_report
     from hf_masked.training.cards import hub_id, write_card
 
-    encoder, settings = load_encoder(checkpoint)
-    train, test, name, _ = _labelled(
-        dataset_name, settings, (train_split, test_split), image_column, label_column, limit, seed
-    )
-    results = evaluate_encoder(
-        encoder,
-        settings,
-        train,
-        test,
-        knn=knn,
-        linear=tuple(linear),
-        retrieve=retrieve,
-        finetune=tuple(_share_or_count(text) for text in finetune),
-        seed=seed,
-    )
+    if _matches_stereo(checkpoint):
+        results, name = _judged_on_pairs(checkpoint, dataset_name, test_split)
+    elif propagation:
+        results, name = _judged_on_clips(checkpoint, dataset_name)
+    else:
+        encoder, settings = load_encoder(checkpoint)
+        train, test, name, _ = _labelled(
+            dataset_name, settings, (train_split, test_split), image_column, label_column, limit, seed
+        )
+        results = evaluate_encoder(
+            encoder,
+            settings,
+            train,
+            test,
+            knn=knn,
+            linear=tuple(linear),
+            retrieve=retrieve,
+            one_shot=one_shot,
+            finetune=tuple(_share_or_count(text) for text in finetune),
+            seed=seed,
+        )
     for measure, figures in results.items():
         typer.echo(f"{measure:<24}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     path = output or (Path(checkpoint) / "evaluation.json" if Path(checkpoint).is_dir() else Path("evaluation.json"))
@@ -230,7 +245,7 @@ def finetune(
 def visualize(
     checkpoint: Checkpoint,
     images: Annotated[
-        list[Path], typer.Argument(help="Pictures, or folders of them; those of a pair one after the other.")
+        list[Path], typer.Argument(help="Files, or folders of them; those of a pair one after the other.")
     ],
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("visualization.png"),
     rows: Annotated[int, typer.Option(help="Pictures, or pairs, drawn at most.")] = 8,
@@ -247,31 +262,28 @@ def visualize(
     typer.echo(f"Wrote {output}.")
 
 
-def _panels(checkpoint: str, images: list[Path], rows: int):
+def _panels(checkpoint: str, files: list[Path], rows: int):
     """What a method masks and predicts, or compares."""
-    from transformers import AutoImageProcessor, AutoModelForPreTraining
+    from transformers import AutoModelForPreTraining
 
-    from hf_masked.training.visualization import picture_grid
+    from hf_masked.training.hub import processor_of
+    from hf_masked.training.modalities import modality_of
 
     model = AutoModelForPreTraining.from_pretrained(checkpoint).eval()
-    processor = AutoImageProcessor.from_pretrained(checkpoint)
-    pictures_per_sample = 1 if model.config.sample == "picture" else processor.num_views
-    pictures = list(_readable(images, rows * pictures_per_sample).values())
-    if model.config.sample != "picture":
-        pictures = _in_samples(pictures, pictures_per_sample)
-    panels = model.pictures(processor.picture_inputs(processor.prepare(pictures)))
-    return picture_grid({name: processor.denormalize(panel) for name, panel in panels.items()}, rows)
+    modality, processor = modality_of(model.config), processor_of(model)
+    return modality.picture(model, processor, modality.from_files(files, processor, model.config, rows))
 
 
 def _neighbours(checkpoint: str, images: list[Path], rows: int, count: int):
     """The first picture of each folder, then the second of each, ..., with their nearest neighbours among all; folders
     are classes, where there are several."""
+    from hf_masked.data.folders import readable_pictures
     from hf_masked.evaluation.features import extract_features, load_encoder
     from hf_masked.evaluation.retrieval import nearest
     from hf_masked.training.visualization import retrieval_grid
 
     encoder, settings = load_encoder(checkpoint)
-    found = _readable(images)
+    found = readable_pictures(images)
     by_folder = groupby(sorted(found), key=lambda path: path.parent)
     paths = [path for turn in zip_longest(*(list(files) for _, files in by_folder)) for path in turn if path]
     pixels = _processor_for(settings).prepare([found[path] for path in paths])
@@ -279,23 +291,6 @@ def _neighbours(checkpoint: str, images: list[Path], rows: int, count: int):
     similarity, neighbours = nearest(features, min(rows, len(paths)), count)
     classes = [path.parent.name for path in paths]
     return retrieval_grid(pixels / 255, similarity, neighbours, classes if len(set(classes)) > 1 else None)
-
-
-def _readable(images: list[Path], limit: int | None = None) -> dict[Path, object]:
-    """The readable pictures among files and folders, at most so many."""
-    from hf_masked.processing.decoding import BadImageError, open_image
-
-    pictures: dict[Path, object] = {}
-    for path in _image_files(images):
-        try:
-            pictures[path] = open_image(str(path), str(path))
-        except BadImageError as error:
-            typer.echo(f"left out: {error}", err=True)
-        if len(pictures) == limit:
-            break
-    if not pictures:
-        raise ValueError(f"There is no readable picture in {', '.join(map(str, images))}.")
-    return pictures
 
 
 @app.command()
@@ -432,11 +427,34 @@ def push(
     typer.echo(f"Pushed {folder}: {commit.commit_url}")
 
 
-def _in_samples(pictures: list, size: int) -> list[list]:
-    """Pictures in turn as samples of so many; what is left over is left out."""
-    if len(pictures) < size:
-        raise ValueError(f"A sample of this method has {size} pictures, and there are {len(pictures)} readable ones.")
-    return [pictures[start : start + size] for start in range(0, len(pictures) - size + 1, size)]
+def _matches_stereo(checkpoint: str) -> bool:
+    from transformers import AutoConfig
+
+    import hf_masked  # noqa: F401 (registers the methods)
+
+    return getattr(AutoConfig.from_pretrained(checkpoint), "sample", None) == "stereo"
+
+
+def _judged_on_pairs(checkpoint: str, dataset_name: str, split: str) -> tuple[dict, str]:
+    """Errors of disparities, and the name of the pairs."""
+    from hf_masked.data.stereo import load_stereo
+    from hf_masked.evaluation.stereo import StereoMatcher, evaluate_pairs
+
+    matcher = StereoMatcher.from_pretrained(checkpoint)
+    config, size = matcher.model.config, tuple(matcher.processor.size.values())
+    source = load_stereo(dataset_name, split, size, config.max_disparity, config.num_channels)
+    return {"stereo": evaluate_pairs(matcher, source)}, source.name
+
+
+def _judged_on_clips(checkpoint: str, folder: str) -> tuple[dict, str]:
+    """J and F of masks that are carried through clips, and the name of these."""
+    from hf_masked.data.annotated_clips import annotated_clips
+    from hf_masked.evaluation.features import load_encoder
+    from hf_masked.evaluation.label_propagation import evaluate_clips
+
+    encoder, settings = load_encoder(checkpoint)
+    clips = annotated_clips(folder, settings.num_channels)
+    return {"label_propagation": evaluate_clips(encoder, settings, clips)}, folder
 
 
 def _processor_for(settings):
@@ -465,18 +483,6 @@ def _share_or_count(text: str) -> float | int:
         return float(text[:-1]) / 100 if text.endswith("%") else int(text)
     except ValueError as error:
         raise ValueError(f"{text!r} is neither a share such as 1% nor a number of labels such as 600.") from error
-
-
-def _image_files(paths: list[Path]) -> list[Path]:
-    from PIL import Image
-
-    endings = Image.registered_extensions()
-    files = []
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"There is no file or folder {path}.")
-        files += sorted(f for f in path.rglob("*") if f.suffix.lower() in endings) if path.is_dir() else [path]
-    return files
 
 
 def main() -> None:

@@ -1,12 +1,17 @@
 """README, cards and docs: their code runs, their tables are fresh, their links lead somewhere."""
 
+import html
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.tables import filled, pages
+from hf_masked.modeling.registry import CATALOGUE
 
 ROOT = Path(__file__).parents[1]
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -45,6 +50,19 @@ def test_feeding_is_as_fast_as_promised():
     ways = json.loads((ROOT / "benchmarks" / "results" / "feeding_cpu.json").read_text())["ways"]
     assert ways["ours"]["times_transformers"] >= 1.5
     assert ways["ours, cached"]["times_plain"] >= 2.5
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert built.returncode == 0, built.stderr[-3000:]
+    for name, variant in CATALOGUE.items():
+        assert name in (tmp_path / "site" / "methods" / variant.family / "index.html").read_text()
+        assert variant.config.paper_title in html.unescape(
+            (tmp_path / "site" / "cards" / name / "index.html").read_text()
+        )
 
 
 @pytest.mark.parametrize("page", [*pages(), ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)

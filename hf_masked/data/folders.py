@@ -1,10 +1,15 @@
-"""Listing a folder of images: names only, so that a million files take seconds."""
+"""Listing a folder of images: names only, so that a million files take seconds; and opening what a user names."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
+
+from hf_masked.processing.decoding import BadImageError, open_image
+
+logger = logging.getLogger(__name__)
 
 # Names of sub-folders that mean splits, not classes.
 SPLITS = {
@@ -35,6 +40,36 @@ def has_splits(folder: Path) -> bool:
     names = {child.name.lower() for child in folder.iterdir() if child.is_dir() and _is_visible(child.name)}
     known = names & SPLIT_FOLDERS.keys()
     return bool(names) and (names == known or ("train" in known and len(known) > 1))
+
+
+def readable_pictures(paths: list[Path], limit: int | None = None) -> dict[Path, Image.Image]:
+    """The pictures among files and folders that can be read, at most so many; the others are named in the log.
+
+    Raises:
+        ValueError: for a path that is not there, or if there is no readable picture.
+    """
+    pictures: dict[Path, Image.Image] = {}
+    for path in _files_of(paths):
+        try:
+            pictures[path] = open_image(str(path), str(path))
+        except BadImageError as error:
+            logger.warning("left out: %s", error)
+        if len(pictures) == limit:
+            break
+    if not pictures:
+        raise ValueError(f"There is no readable picture in {', '.join(map(str, paths))}.")
+    return pictures
+
+
+def _files_of(paths: list[Path]) -> Iterator[Path]:
+    suffixes = image_suffixes()
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"There is no file or folder {path}.")
+        names = files_below(path) if path.is_dir() else ()
+        yield from (path / name for name in names if Path(name).suffix.lower() in suffixes)
+        if not path.is_dir():
+            yield path
 
 
 def _is_visible(name: str) -> bool:

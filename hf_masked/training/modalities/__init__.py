@@ -5,6 +5,7 @@ A file here is imported when a method of its modality is trained, and offers `MO
 
 from abc import ABC, abstractmethod
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -56,8 +57,16 @@ class Modality(ABC):
         """Some samples, prepared without randomness, for `picture`; None where nothing can be drawn."""
         return None
 
+    def from_files(self, paths: list[Path], processor, config: VariantConfig, count: int):
+        """The same of files, or folders of them, that a user names, for `hf-masked visualize`.
+
+        Raises:
+            ValueError: for paths that are not there or hold nothing readable, and where nothing can be drawn.
+        """
+        raise ValueError(f"hf-masked visualize draws nothing of {config.modality}.")
+
     def picture(self, model: PreTrainedModel, processor, samples) -> Image.Image:
-        """What the model masks and predicts of the samples of `shown`."""
+        """What the model masks and predicts of the samples of `shown` or `from_files`."""
         raise NotImplementedError(f"Nothing is drawn of {type(self).__name__}.")
 
     def labelled(self, source, processor, config: VariantConfig, limit: int | None = None, seed: int = 0):

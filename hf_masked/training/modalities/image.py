@@ -3,6 +3,7 @@
 import torch
 
 from hf_masked.data import ImageDataset, ResidentImageDataset, StreamingImageDataset, labelled_tensors, load_images
+from hf_masked.data.folders import readable_pictures
 from hf_masked.data.sets import make_sets
 from hf_masked.data.stereo import StereoDataset, load_stereo
 from hf_masked.evaluation.features import extract_features
@@ -54,9 +55,20 @@ class Images(Modality):
             dataset = ImageDataset(source, processor, training=False, sets=sets)
         return dataset.__getitems__([(0, index) for index in range(min(count, len(dataset)))])[processor.raw_name]
 
+    def from_files(self, paths, processor, config, count):
+        size = 1 if config.sample == "picture" else processor.num_views
+        pictures = list(readable_pictures(paths, count * size).values())
+        if len(pictures) < size:
+            raise ValueError(f"A sample of this method has {size} pictures; {len(pictures)} can be read.")
+        if config.sample == "picture":
+            return processor.prepare(pictures)
+        starts = range(0, len(pictures) - size + 1, size)  # what is left over is left out
+        return processor.prepare([pictures[start : start + size] for start in starts])
+
     def picture(self, model, processor, samples):
         panels = model.pictures(processor.picture_inputs(samples))
-        return picture_grid({name: processor.denormalize(panel).cpu() for name, panel in panels.items()})
+        panels = {name: processor.denormalize(panel).cpu() for name, panel in panels.items()}
+        return picture_grid(panels, rows=len(samples))
 
     def labelled(self, source, processor, config, limit=None, seed=0):
         # An encoder of stereo pairs gives maps, and the pairs have no classes.
