@@ -9,6 +9,8 @@ from importlib import import_module
 from transformers import AutoFeatureExtractor, AutoImageProcessor, FeatureExtractionMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
+from hf_masked.modeling.masked_generation import *  # noqa: F403
+from hf_masked.modeling.masked_generation import __all__ as _masked_generation
 from hf_masked.modeling.masked_graph import *  # noqa: F403
 from hf_masked.modeling.masked_graph import __all__ as _masked_graph
 from hf_masked.modeling.masked_image import *  # noqa: F403
@@ -29,6 +31,7 @@ from hf_masked.processing.graph_processing import GraphProcessor
 from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
 from hf_masked.processing.one_shot_detection import OneShotDetectionProcessor
+from hf_masked.processing.pixel_tokens import PixelTokenProcessor
 from hf_masked.processing.stereo import StereoImageProcessor
 from hf_masked.processing.text_processing import TextProcessor
 from hf_masked.processing.video_processing import MaskedVideoProcessor
@@ -52,11 +55,13 @@ __all__ = [
     "MaskedImageProcessor",
     "MaskedVideoProcessor",
     "MultiViewImageProcessor",
+    "PixelTokenProcessor",
     "StereoImageProcessor",
     "OneShotDetectionProcessor",
     "TextProcessor",
     "get_variant",
     *_masked_graph,
+    *_masked_generation,
     *_masked_image,
     *_masked_language,
     *_masked_latent,

@@ -48,3 +48,17 @@ class MaskedImageModelingOutput(PreTrainingOutput):
 
     reconstruction: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+
+
+@dataclass
+class GenerationOutput(ModelOutput):
+    """What a method that generates has drawn.
+
+    Args:
+        token_ids: int64, of pictures' values (batch, channels, height, width), of a tokenizer's or of a text
+            (batch, tokens).
+        pixel_values: float32 (batch, channels, height, width) in [0, 1], of pictures.
+    """
+
+    token_ids: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
