@@ -34,7 +34,7 @@ def labelled_tensors(
     labels = source.labels()
     if labels is None:
         raise ValueError(f"{source.name} has no labels: set label_column to the column that holds them.")
-    order = torch.arange(len(labels)) if limit is None else _balanced_order(labels, seed)
+    order = torch.arange(len(labels)) if limit is None else balanced_order(labels, seed)
     order = order[labels[order] >= 0]
     images = source.as_tensor()
     if images is not None:
@@ -66,7 +66,7 @@ def _labelled_files(source: ImageSource, processor, order, labels, limit: int | 
     return torch.cat(pixels), labels[torch.tensor(used)]
 
 
-def _balanced_order(labels: torch.Tensor, seed: int) -> torch.Tensor:
+def balanced_order(labels: torch.Tensor, seed: int) -> torch.Tensor:
     """A random order in which each class has come k times before any comes k + 1 times, as long as it lasts."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)

@@ -15,7 +15,7 @@ from hf_masked.data.keyed import KeyedDataset
 from hf_masked.modeling.base import VariantConfig
 
 # `VariantConfig.modality` -> the file in this folder.
-FILES = {"image": "image"}
+FILES = {"image": "image", "points": "points"}
 
 
 class Modality(ABC):
