@@ -148,12 +148,88 @@ def stereo_table(result: dict) -> str:
     )
 
 
+def weight_table(result: dict) -> str:
+    """Masks on weights: what a task costs and, as far as it is measured, what it learns beside all weights."""
+    tasks = sorted({task for row in result["learning"].values() for task in row})
+    lines = [
+        "| trained | file of a task, without a head | tensors in memory | "
+        + "".join(f"accuracy, {task} | " for task in tasks).rstrip(),
+        "|---|---|---|" + "---|" * len(tasks),
+    ]
+    full = {"file_bytes": result["checkpoint_bytes"], **result["copies"]}
+    for way, row in {"the head alone": None, **result["ways"], "all weights": full}.items():
+        found = result["learning"].get({"the head alone": "head", "all weights": "all"}.get(way, way), {})
+        if row or found:
+            cells = [_megabytes(row["file_bytes"]), _megabytes(row["tensor_bytes"])] if row else ["-", "-"]
+            cells += [f"{100 * found[task]['accuracy']:.1f} %" if task in found else "-" for task in tasks]
+            lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    facts = result["environment"]
+    learnt = (
+        f" Learning: {result['steps']} steps of {result['batch_size']} sentences of Python's documentation, "
+        f"{result['test_sentences']} held out, one seed (`examples/tune_with_masks.py`)."
+    )
+    return "\n".join([line.rstrip() for line in lines]) + (
+        f"\n\n{result['base']}; in memory are {result['tasks']} tasks, on one base or, for all weights, as so many "
+        f"models.{learnt if tasks else ''} {facts['device']}, torch {facts['torch']}, transformers "
+        f"{facts['transformers']} "
+        "(`python benchmarks/weight_masks.py`).\n"
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def regularizers_table(result: dict) -> str:
+    lines = [
+        "| trained with | accuracy, % | with a square hidden | half masked | negative log-likelihood |",
+        "|---|---|---|---|---|",
+    ]
+    rows = {name: list(runs.values()) for name, runs in result["rows"].items()}
+
+    def mean(name: str, figure: str) -> float:
+        return sum(run[figure] for run in rows[name]) / len(rows[name])
+
+    for name in rows:
+        shares = [f"{100 * mean(name, figure):.1f}" for figure in ("accuracy", "with a square", "half masked")]
+        title = "nothing of the kind" if name == "none" else name
+        lines.append(f"| {title} | {' | '.join(shares)} | {mean(name, 'nll'):.3f} |")
+    seeds = f"means of {len(rows['none'])} seeds" if len(rows["none"]) > 1 else "one seed"
+    return "\n".join(lines) + (
+        f"\n\nA small ResNet from scratch, {result['labels']:,} labelled pictures of Fashion-MNIST, {result['steps']} "
+        f"steps of {result['batch_size']}, crops and flips; 10,000 test pictures; {seeds}; "
+        f"{_cores(result['environment'])} (`python benchmarks/regularizers.py`).\n"
+    )
+
+
+def graphs_table(result: dict) -> str:
+    lines = ["| | Cora | Citeseer | the papers' |", "|---|---|---|---|"]
+    for title, row in result["rows"].items():
+        cells = [_seeds_cell(row["graphs"].get(graph)) for graph in ("cora", "citeseer")]
+        lines.append(f"| {title} | " + " | ".join(cells) + f" | {row['paper']} |")
+    return "\n".join(lines) + (
+        f"\n\nPer cent; mean (lowest to highest), number of seeds. {result['protocol']} Recipes: "
+        f"{', '.join(f'`{name}`' for name in result['recipes'])}; {_cores(result['environment'])}, torch-geometric "
+        f"{result['environment']['torch_geometric']} (`python benchmarks/graphs.py`).\n"
+    )
+
+
+def _seeds_cell(figures: dict | None) -> str:
+    if figures is None:
+        return "-"
+    values = [100 * value for value in figures["seeds"].values()]
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f}), {len(values)}"
+
+
 KINDS = {
+    "regularizers": regularizers_table,
     "cost": cost_table,
+    "graphs": graphs_table,
     "learning": learning_table,
     "step": step_table,
     "feeding": feeding_table,
     "stereo": stereo_table,
+    "weight": weight_table,
 }
 
 

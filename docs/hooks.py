@@ -13,7 +13,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 import hf_masked
-from hf_masked.modeling.registry import CATALOGUE, Variant
+from hf_masked.modeling.registry import CATALOGUE, TunerVariant, Variant, load_later_families
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#]+)(#[^)]*)?\)")
@@ -32,6 +32,10 @@ FAMILIES = {
     "weight_masking": "Masks on weights",
 }
 
+# The site shows the tuners too, wherever it is built.
+if load_later_families():
+    raise SystemExit(f"The site needs the extras {', '.join(load_later_families().values())} of hf-masked.")
+
 # Files and folders of the repository -> pages that are made of them.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "model_cards": "methods/index.md"}
 
@@ -40,6 +44,7 @@ MODULES = [
     "hf_masked.modeling.registry",
     "hf_masked.modeling.base",
     "hf_masked.modeling.masked_patches",
+    "hf_masked.modeling.weight_masking.peft_bridge",
     "hf_masked.modeling.projected_views",
     "hf_masked.modeling.outputs",
     "hf_masked.processing.image_processing",
@@ -54,6 +59,7 @@ MODULES = [
     "hf_masked.training.trainer",
     "hf_masked.training.arguments",
     "hf_masked.training.callbacks",
+    "hf_masked.training.mask_callbacks",
     "hf_masked.training.export",
     "hf_masked.training.hub",
     "hf_masked.evaluation.report",
@@ -94,7 +100,7 @@ def moved(text: str, source: Path, uri: str) -> str:
     return LINK.sub(link, text)
 
 
-def card(variant: Variant) -> str:
+def card(variant: Variant | TunerVariant) -> str:
     text = FRONT_MATTER.sub("", (ROOT / "model_cards" / f"{variant.name}.md").read_text())
     return moved(text, ROOT / "model_cards" / "_", f"cards/{variant.name}.md")
 
@@ -111,7 +117,7 @@ def method_pages() -> dict[str, str]:
     return pages | {"methods/index.md": "\n".join(lines) + "\n"}
 
 
-def family_page(title: str, variants: list[Variant]) -> str:
+def family_page(title: str, variants: list[Variant | TunerVariant]) -> str:
     rows = ["| method | paper | masks | predicts |", "|---|---|---|---|"]
     for variant in variants:
         facts = variant.config

@@ -32,6 +32,7 @@ def list_methods(
 ) -> None:
     """Every method on one line."""
     from hf_masked import CATALOGUE
+    from hf_masked.modeling.registry import load_later_families
     from hf_masked.processing.masks import MASKS
 
     if masks:
@@ -39,6 +40,7 @@ def list_methods(
             [("mask", "what it is"), *((kind, inspect.getdoc(mask).splitlines()[0]) for kind, mask in MASKS.items())]
         )
         return
+    missing = load_later_families()
     rows = [("method", "year", "family", "data", "backbones", "masks", "predicts")]
     for name, variant in sorted(CATALOGUE.items()):
         config = variant.config
@@ -46,6 +48,8 @@ def list_methods(
         facts = (str(config.paper_year), variant.family, config.modality, backbones, config.masks, config.predicts)
         rows.append((name, *facts))
     _table(rows)
+    for family, extra in missing.items():
+        typer.echo(f"More in {family} after: pip install 'hf-masked[{extra}]'")
 
 
 def _table(rows: list[tuple[str, ...]]) -> None:
@@ -72,11 +76,9 @@ def info(method: Annotated[str, typer.Argument(help="Name of a method, see `hf-m
         "backbones": ", ".join(config.backbones),
         "masks": config.masks,
         "predicts": config.predicts,
-        "classes": ", ".join(
-            c.__name__ for c in (config, variant.model, variant.pretraining, *variant.heads.values())
-        ),
-        "processor": config.processor,
-        "declined checks": "; ".join(f"{k}: {v}" for k, v in variant.pretraining.declined_checks.items()) or "none",
+        "classes": ", ".join(c.__name__ for c in variant.classes),
+        "processor": variant.processor,
+        "declined checks": "; ".join(f"{k}: {v}" for k, v in variant.declined_checks.items()) or "none",
     }
     for name, value in facts.items():
         typer.echo(f"{name:<20}{value}")
@@ -115,14 +117,16 @@ def export(
     ] = False,
 ) -> None:
     """The plain encoder, which loads where hf_masked is not installed."""
-    from transformers import AutoImageProcessor, AutoModelForPreTraining
+    from transformers import AutoModelForPreTraining
 
     import hf_masked  # noqa: F401 (registers the methods)
     from hf_masked.training.export import export_encoder
+    from hf_masked.training.hub import processor_of
 
     model = AutoModelForPreTraining.from_pretrained(checkpoint)
-    export_encoder(model, AutoImageProcessor.from_pretrained(checkpoint), output, rgb=rgb)
-    typer.echo(f"Wrote {output}: a plain {type(model.backbone).__name__} and its image processor.")
+    export_encoder(model, processor_of(model), output, rgb=rgb)
+    what = " and its image processor" if model.config.modality == "image" else ""
+    typer.echo(f"Wrote {output}: a plain {type(model.backbone).__name__}{what}.")
 
 
 @app.command()
@@ -137,6 +141,12 @@ def evaluate(
     retrieve: Annotated[
         bool, typer.Option("--retrieval", help="Recall@k and mean average precision among the test pictures.")
     ] = False,
+    one_shot: Annotated[
+        int, typer.Option(help="Ways of one-shot questions about the test pictures, e.g. 20; 0 for none.")
+    ] = 0,
+    propagation: Annotated[
+        bool, typer.Option("--propagation", help="Instead: carry masks through the clips of a folder like DAVIS's.")
+    ] = False,
     finetune: Annotated[list[str], typer.Option(help="Shares of labels to fine-tune with, e.g. 1%, or counts.")] = [],  # noqa: B006
     train_split: str = "train",
     test_split: str = "test",
@@ -148,26 +158,35 @@ def evaluate(
         Path | None, typer.Option(help="JSON file; by default evaluation.json in the checkpoint.")
     ] = None,
 ) -> None:
-    """Judges an encoder, ours or any of transformers, on labelled pictures; writes JSON."""
+    """Judges an encoder, ours or any of transformers, on labelled pictures; writes JSON.
+
+    A model of stereo matching is judged on pairs with disparities.
+    """
     from hf_masked.evaluation.features import load_encoder
     from hf_masked.evaluation.report import evaluate_encoder, write_report
     from hf_masked.training.cards import hub_id, write_card
 
-    encoder, settings = load_encoder(checkpoint)
-    train, test, name, _ = _labelled(
-        dataset_name, settings, (train_split, test_split), image_column, label_column, limit, seed
-    )
-    results = evaluate_encoder(
-        encoder,
-        settings,
-        train,
-        test,
-        knn=knn,
-        linear=tuple(linear),
-        retrieve=retrieve,
-        finetune=tuple(_share_or_count(text) for text in finetune),
-        seed=seed,
-    )
+    if _matches_stereo(checkpoint):
+        results, name = _judged_on_pairs(checkpoint, dataset_name, test_split)
+    elif propagation:
+        results, name = _judged_on_clips(checkpoint, dataset_name)
+    else:
+        encoder, settings = load_encoder(checkpoint)
+        train, test, name, _ = _labelled(
+            dataset_name, settings, (train_split, test_split), image_column, label_column, limit, seed
+        )
+        results = evaluate_encoder(
+            encoder,
+            settings,
+            train,
+            test,
+            knn=knn,
+            linear=tuple(linear),
+            retrieve=retrieve,
+            one_shot=one_shot,
+            finetune=tuple(_share_or_count(text) for text in finetune),
+            seed=seed,
+        )
     for measure, figures in results.items():
         typer.echo(f"{measure:<24}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     path = output or (Path(checkpoint) / "evaluation.json" if Path(checkpoint).is_dir() else Path("evaluation.json"))
@@ -193,6 +212,10 @@ def finetune(
     labels: Annotated[str, typer.Option(help="Share of the labels to use (1%, 100%) or their number.")] = "100%",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch_size: int = 64,
+    regularizer: Annotated[
+        str | None, typer.Option(help="cutout, manifold_mixup or masksub: what helps against overfitting.")
+    ] = None,
+    regularizer_options: Annotated[str, typer.Option(help="Its settings, for example '{length: 8}'.")] = "{}",
     train_split: str = "train",
     test_split: str = "test",
     image_column: str | None = None,
@@ -217,6 +240,7 @@ def finetune(
         settings=settings,
         steps=steps,
         batch_size=batch_size,
+        regularizer=_regularizer(regularizer, regularizer_options),
         seed=seed,
         label_names=names,
         output_dir=str(output),
@@ -410,6 +434,54 @@ def push(
     complete_folder(folder, repo_id)
     commit = push_folder(folder, repo_id, private=private or None, revision=revision, commit_message=message)
     typer.echo(f"Pushed {folder}: {commit.commit_url}")
+
+
+def _regularizer(name: str | None, options: str):
+    import yaml
+
+    from hf_masked.modeling.registry import get_variant
+
+    if name is None:
+        return None
+    variant = get_variant(name)
+    if variant.kind != "method":
+        raise ValueError(
+            f"{name} is a {variant.kind}, which helps no supervised learner: `hf-masked list` shows those."
+        )
+    try:
+        return variant.method(variant.config(**yaml.safe_load(options)))
+    except TypeError as error:
+        raise ValueError(f"{name} has no such settings: {options} ({error}).") from error
+
+
+def _matches_stereo(checkpoint: str) -> bool:
+    from transformers import AutoConfig
+
+    import hf_masked  # noqa: F401 (registers the methods)
+
+    return getattr(AutoConfig.from_pretrained(checkpoint), "sample", None) == "stereo"
+
+
+def _judged_on_pairs(checkpoint: str, dataset_name: str, split: str) -> tuple[dict, str]:
+    """Errors of disparities, and the name of the pairs."""
+    from hf_masked.data.stereo import load_stereo
+    from hf_masked.evaluation.stereo import StereoMatcher, evaluate_pairs
+
+    matcher = StereoMatcher.from_pretrained(checkpoint)
+    config, size = matcher.model.config, tuple(matcher.processor.size.values())
+    source = load_stereo(dataset_name, split, size, config.max_disparity, config.num_channels)
+    return {"stereo": evaluate_pairs(matcher, source)}, source.name
+
+
+def _judged_on_clips(checkpoint: str, folder: str) -> tuple[dict, str]:
+    """J and F of masks that are carried through clips, and the name of these."""
+    from hf_masked.data.annotated_clips import annotated_clips
+    from hf_masked.evaluation.features import load_encoder
+    from hf_masked.evaluation.label_propagation import evaluate_clips
+
+    encoder, settings = load_encoder(checkpoint)
+    clips = annotated_clips(folder, settings.num_channels)
+    return {"label_propagation": evaluate_clips(encoder, settings, clips)}, folder
 
 
 def _processor_for(settings):

@@ -11,10 +11,21 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel, AutoModelForPreTraining, ViTConfig, pipeline
 
-from hf_masked import CATALOGUE, MAEConfig, MAEForPreTraining, MAEModel, MaskedImageProcessor
+from hf_masked import (
+    CATALOGUE,
+    MAEConfig,
+    MAEForPreTraining,
+    MAEModel,
+    MaskedImageProcessor,
+    PSMNetForStereoMatching,
+    StereoImageProcessor,
+)
 from hf_masked.cli import main
+from hf_masked.data import stereo
+from hf_masked.modeling.siamese.psmnet import tiny_config
 from hf_masked.processing.masks import MASKS
 from hf_masked.training.cards import write_card
+from tests.evaluation.test_label_propagation import moving_squares
 
 
 def run(monkeypatch, *arguments) -> None:
@@ -77,7 +88,7 @@ def test_info_says_where_a_method_comes_from(monkeypatch, capsys):
     for name, variant in CATALOGUE.items():
         run(monkeypatch, "info", name)
         text = capsys.readouterr().out
-        assert variant.config.paper_title in text and variant.pretraining.__name__ in text
+        assert variant.config.paper_title in text and all(kind.__name__ in text for kind in variant.classes)
 
 
 def test_unknown_method_is_named(monkeypatch, capsys):
@@ -216,6 +227,22 @@ def test_evaluate_takes_any_transformers_encoder(monkeypatch, checkpoint, tmp_pa
     run(monkeypatch, "evaluate", tmp_path / "plain", *arguments, "--output", tmp_path / "theirs.json")
     ours, theirs = (json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("ours", "theirs"))
     assert ours["knn"]["accuracy"] == theirs["knn"]["accuracy"]
+
+
+def test_evaluate_judges_what_belongs_to_pairs(monkeypatch, checkpoint, tmp_path, capsys):
+    out = tmp_path / "found.json"
+    arguments = ["--dataset-name", "digits", "--no-knn", "--linear", "logistic", "--limit", "100", "--one-shot", "5"]
+    run(monkeypatch, "evaluate", checkpoint, *arguments, "--output", out)
+    assert json.loads(out.read_text())["results"]["one_shot"]["chance"] == 0.2
+    moving_squares(tmp_path / "clips")
+    run(monkeypatch, "evaluate", checkpoint, "--propagation", "--dataset-name", tmp_path / "clips", "--output", out)
+    assert json.loads(out.read_text())["results"]["label_propagation"]["objects"] == 2
+    torch.manual_seed(0)
+    PSMNetForStereoMatching(tiny_config()).save_pretrained(tmp_path / "psmnet")
+    StereoImageProcessor(size=(16, 32)).save_pretrained(tmp_path / "psmnet")
+    monkeypatch.setattr(stereo, "SPLITS", {"test": (2, 1)})
+    run(monkeypatch, "evaluate", tmp_path / "psmnet", "--dataset-name", "synthetic_stereo", "--output", out)
+    assert json.loads(out.read_text())["results"]["stereo"]["pairs"] == 2
 
 
 def test_finetune_leaves_a_classifier_for_pipelines(monkeypatch, checkpoint, tmp_path):

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import hf_masked
 
-LATER = ("datasets", "evaluate", "kornia", "matplotlib", "sklearn", "scipy", "torchvision", "typer", "pandas")
+LATER = (
+    "datasets",
+    "evaluate",
+    "kornia",
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "torchvision",
+    "typer",
+    "pandas",
+    "torch_geometric",
+)
 
 IMPORT = """
 import json, sys, time

@@ -179,13 +179,15 @@ def _one_of(n: int | torch.Tensor, number: torch.Tensor) -> torch.Tensor:
 
 
 # What a sample of a method consists of, see `VariantConfig.sample`.
-SAMPLES = {"row": Rows, "triplet": Triplets, "class_pair": ClassPairs, "frames": FramePairs}
+SAMPLES = {"row": Rows, "scene": Rows, "triplet": Triplets, "class_pair": ClassPairs, "frames": FramePairs}
 
 
 def make_sets(
     sample: str, source: ImageSource, frame_gap: tuple[int, int] | list[int] | None = None
 ) -> PictureSets | None:
     """The sets that samples of this kind are, None for single pictures.
+
+    A "scene" is shown by the pictures of a row; where rows have one picture, the processor makes its views of that.
 
     Args:
         sample: "picture", or a name in `SAMPLES`.
@@ -196,6 +198,8 @@ def make_sets(
         ValueError: where the source cannot make such samples, or for gaps between what are no frames.
     """
     if frame_gap is None:
+        if sample == "scene" and source.pictures_per_row == 1:
+            return None
         return SAMPLES[sample](source) if sample in SAMPLES else None
     if sample != "frames":
         raise ValueError("frame_gap is for methods that learn from frames of clips: leave it out.")

@@ -22,11 +22,13 @@ from hf_masked.modeling.parts.backbones import without_mask_token
 from hf_masked.modeling.parts.gray import fold_gray_to_rgb
 from hf_masked.modeling.parts.pooling import interpolation_argument
 from hf_masked.modeling.parts.relative_positions import TABLE, beit_for_finetuning
+from hf_masked.modeling.regularizers import Regularizer
 from hf_masked.processing.image_processing import AUGMENT, CROP, MaskedImageProcessor
 from hf_masked.processing.stock import save_stock_processor
 from hf_masked.randomness import keyed_draw, sample_keys
 from hf_masked.training.checkpoints import FaithfulCheckpointsMixin, load_with_report
 from hf_masked.training.optimization import parameter_groups, scaled_learning_rate
+from hf_masked.training.regularized import RegularizedMixin
 
 
 def finetune(
@@ -47,6 +49,7 @@ def finetune(
     crop_scale: tuple[float, float] = (0.6, 1.0),
     flip_probability: float = 0.5,
     seed: int = 0,
+    regularizer: Regularizer | None = None,
     label_names: list[str] | None = None,
     output_dir: str | None = None,
     training_arguments: dict | None = None,
@@ -76,6 +79,7 @@ def finetune(
         crop_scale: smallest and largest share of the area of the random crop.
         flip_probability: of the horizontal flip.
         seed: of the head, the order, the crops and the flips.
+        regularizer: Cutout, Manifold Mixup, MaskSub, or None for ordinary training.
         label_names: of the classes; "LABEL_0", ... by default.
         output_dir: where to save the classifier and a stock image processor, which
             `pipeline("image-classification", model=output_dir)` serves without this package. A model of one channel
@@ -127,6 +131,7 @@ def finetune(
             processor=processor,
             base_learning_rate=base_learning_rate,
             layer_decay=layer_decay,
+            regularizer=regularizer,
         )
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     predicted = classify(classifier, test_images, processor)
@@ -140,7 +145,7 @@ def finetune(
     }
 
 
-class FineTuner(FaithfulCheckpointsMixin, Trainer):
+class FineTuner(RegularizedMixin, FaithfulCheckpointsMixin, Trainer):
     """Trains a classifier on pictures that live on the device as uint8.
 
     Args:
@@ -149,6 +154,7 @@ class FineTuner(FaithfulCheckpointsMixin, Trainer):
         processor: crops, flips and normalises, keyed by seed, epoch and picture.
         base_learning_rate: per 256 pictures.
         layer_decay: see `parameter_groups`.
+        kwargs: of `RegularizedMixin` and of transformers' Trainer.
     """
 
     def __init__(
@@ -181,13 +187,18 @@ class FineTuner(FaithfulCheckpointsMixin, Trainer):
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
-        indices, epoch = inputs.pop("index"), int(self.state.epoch or 0)
+        if "index" not in inputs:  # prepared already
+            return inputs
+        self._indices, epoch = inputs.pop("index"), int(self.state.epoch or 0)
         crop_keys, augment_keys = (
-            sample_keys(self.args.seed, epoch, indices, purpose=purpose) for purpose in (CROP, AUGMENT)
+            sample_keys(self.args.seed, epoch, self._indices, purpose=purpose) for purpose in (CROP, AUGMENT)
         )
-        pixels = self.processor.prepare_resident(self.images[indices], crop_keys)
+        pixels = self.processor.prepare_resident(self.images[self._indices], crop_keys)
         size = interpolation_argument(self.model, pixels.shape[-2:])
         return inputs | self.processor.finish(pixels, augment_keys) | size
+
+    def sample_indices(self) -> torch.Tensor:
+        return self._indices
 
 
 @torch.inference_mode()

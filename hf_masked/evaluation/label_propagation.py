@@ -2,9 +2,73 @@
 how well masks fit (Jabri et al., arXiv 2006.14613; Perazzi et al., CVPR 2016; Pont-Tuset et al., arXiv 1704.00675)."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch.nn import functional as F
+
+from hf_masked.data.annotated_clips import AnnotatedClip
+from hf_masked.evaluation.features import ImageSettings, evaluation_mode, to_model_input
+from hf_masked.modeling.parts.patches import pair
+from hf_masked.modeling.parts.pooling import interpolation_argument, patch_tokens
+
+
+def evaluate_clips(encoder, settings: ImageSettings, clips: Iterable[AnnotatedClip], **options) -> dict[str, float]:
+    """J and F of the masks that a frozen encoder carries from the first frame of each clip through the others.
+
+    As DAVIS has it, objects count alike, and the first and the last frame are left out.
+
+    Args:
+        encoder: a stock encoder of tokens, or one of this package.
+        settings: its normalisation; frames keep their size, cut to multiples of the patch.
+        clips: three frames or more each.
+        options: of `propagate_labels`.
+
+    Returns:
+        "j", "f", "j_and_f", means over all objects; "objects", how many.
+
+    Raises:
+        ValueError: for clips that are too short, or without an object.
+    """
+    totals, objects = {"j": 0.0, "f": 0.0, "j_and_f": 0.0}, 0
+    for clip in clips:
+        if len(clip.frames) < 3:
+            raise ValueError(f"{clip.name} has {len(clip.frames)} frames; the first and the last are not judged.")
+        predicted = propagated_masks(encoder, settings, clip, **options)
+        found = segmentation_measures(predicted[1:-1], clip.masks[1:-1])
+        count = len(set(clip.masks[1:-1].unique().tolist()) - {0})
+        totals = {name: value + count * found[name] for name, value in totals.items()}
+        objects += count
+    if objects == 0:
+        raise ValueError("There are no clips to judge.")
+    return {name: value / objects for name, value in totals.items()} | {"objects": objects}
+
+
+def propagated_masks(encoder, settings: ImageSettings, clip: AnnotatedClip, **options) -> torch.Tensor:
+    """int64 (frames, height, width): the first frame's mask, carried through the clip; see `evaluate_clips`."""
+    patch = pair(encoder.config.patch_size)
+    height, width = (side // step * step for side, step in zip(clip.frames.shape[-2:], patch, strict=True))
+    features = patch_features(encoder, settings, clip.frames[..., :height, :width])
+    first = soft_labels(clip.masks[0, :height, :width], int(clip.masks.max()) + 1, tuple(features.shape[1:3]))
+    masks = hard_labels(propagate_labels(features, first, **options), (height, width)).cpu()
+    # What was cut off is background, as far as anyone has said.
+    return F.pad(masks, (0, clip.frames.shape[-1] - width, 0, clip.frames.shape[-2] - height))
+
+
+@torch.no_grad()
+def patch_features(encoder, settings: ImageSettings, frames: torch.Tensor) -> torch.Tensor:
+    """float32 (frames, rows, columns, width) of uint8 (frames, channels, height, width), one frame at a time."""
+    size = tuple(frames.shape[-2:])
+    parameter = next(encoder.parameters())
+    found = []
+    with evaluation_mode(encoder):
+        for frame in frames.split(1):
+            values = to_model_input(
+                frame.to(parameter.device), settings.mean, settings.std, None, settings.num_channels
+            )
+            outputs = encoder(values.to(parameter.dtype), **interpolation_argument(encoder, size))
+            found.append(patch_tokens(outputs.last_hidden_state, encoder.config, size).float())
+    return torch.cat(found)
 
 
 @torch.inference_mode()

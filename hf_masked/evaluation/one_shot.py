@@ -1,6 +1,46 @@
 """One-shot classification: which of several classes, each known from one picture, does a query show?"""
 
 import torch
+from torch.nn import functional as F
+
+
+def one_shot_questions(
+    features: torch.Tensor, labels: torch.Tensor, ways: int = 20, questions: int = 1000, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Questions for `one_shot_accuracy` from the features of any encoder, scored by cosine similarity.
+
+    A question draws so many classes, one picture of each, and as the query another picture of one of them.
+
+    Args:
+        features: float (n, width).
+        labels: int64 (n,), their classes.
+        ways: classes per question.
+        questions: how many.
+        seed: of the draws.
+
+    Returns:
+        scores: float32 (questions, ways); references: int64 (questions,), the right class's place.
+
+    Raises:
+        ValueError: where fewer classes than `ways` have two pictures.
+    """
+    classes, counts = labels.unique(return_counts=True)
+    classes = classes[counts > 1]
+    if not 2 <= ways <= len(classes):
+        raise ValueError(f"ways is {ways}; {len(classes)} classes have two pictures or more: choose 2 to that number.")
+    members = [(labels == label).nonzero().flatten() for label in classes]
+    generator = torch.Generator().manual_seed(seed)
+    features = F.normalize(features.float(), dim=1)
+    scores, references = torch.empty(questions, ways), torch.empty(questions, dtype=torch.int64)
+    for question in range(questions):
+        chosen = torch.randperm(len(classes), generator=generator)[:ways].tolist()
+        asked = int(torch.randint(ways, (), generator=generator))
+        # Two of each class, in random order: the first is shown, the asked class's second is the query.
+        drawn = [members[c][torch.randperm(len(members[c]), generator=generator)[:2]] for c in chosen]
+        shown = torch.stack([pair[0] for pair in drawn])
+        scores[question] = features[shown] @ features[drawn[asked][1]]
+        references[question] = asked
+    return scores, references
 
 
 def one_shot_accuracy(scores: torch.Tensor, references: torch.Tensor) -> dict[str, float]:

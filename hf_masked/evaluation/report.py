@@ -16,6 +16,7 @@ from hf_masked.evaluation.finetune import few_label_subset
 from hf_masked.evaluation.finetune import finetune as finetune_encoder
 from hf_masked.evaluation.knn import weighted_knn
 from hf_masked.evaluation.linear_probe import linear_probe
+from hf_masked.evaluation.one_shot import one_shot_accuracy, one_shot_questions
 from hf_masked.evaluation.retrieval import retrieval
 
 PACKAGES = ("hf-masked", "torch", "transformers", "accelerate", "scikit-learn", "numpy")
@@ -32,6 +33,7 @@ def evaluate_encoder(
     knn: bool = True,
     linear: tuple[str, ...] = ("batchnorm",),
     retrieve: bool = False,
+    one_shot: int = 0,
     finetune: tuple[float | int, ...] = (0.01,),
     pooling: str = "auto",
     seed: int = 0,
@@ -47,21 +49,30 @@ def evaluate_encoder(
         knn: whether to run weighted kNN.
         linear: heads of linear probes, see `linear_probe`.
         retrieve: whether to rank the test pictures by their nearness to each other, see `retrieval`.
+        one_shot: ways of one-shot questions about the test pictures, see `one_shot_questions`; 0 for none.
         finetune: shares (float) or numbers (int) of labels to fine-tune with.
         pooling: see `extract_features`.
         seed: of probes, subsets and fine-tuning.
         finetune_options: further arguments of `finetune`.
 
     Returns:
-        Per evaluation ("knn", "linear_batchnorm", "retrieval", "finetune_0.01", ..., "features") a dict of its figures
-        with the "seconds" it took.
+        Per evaluation ("knn", "linear_batchnorm", "retrieval", "one_shot", "finetune_0.01", ..., "features") a dict of
+        its figures with the "seconds" it took.
     """
     results = {}
-    if knn or linear or retrieve:
+    if knn or linear or retrieve or one_shot:
         features = _timed(_frozen_features, encoder, settings, train[0], test[0], pooling)
         train_features, test_features = features.pop("train"), features.pop("test")
         results |= evaluate_features(
-            train_features, train[1], test_features, test[1], knn=knn, linear=linear, retrieve=retrieve, seed=seed
+            train_features,
+            train[1],
+            test_features,
+            test[1],
+            knn=knn,
+            linear=linear,
+            retrieve=retrieve,
+            one_shot=one_shot,
+            seed=seed,
         )
         results["features"] = features
     for labels in finetune:
@@ -83,6 +94,7 @@ def evaluate_features(
     knn: bool = True,
     linear: tuple[str, ...] = ("batchnorm",),
     retrieve: bool = False,
+    one_shot: int = 0,
     seed: int = 0,
 ) -> dict[str, dict]:
     """The part of `evaluate_encoder` that needs features only: float (n, width), int64 (n,), (m, width), (m,)."""
@@ -94,6 +106,9 @@ def evaluate_features(
         results[f"linear_{head}"] = _timed(linear_probe, *data, head=head, seed=seed)
     if retrieve:
         results["retrieval"] = _timed(retrieval, test_features, test_labels)
+    if one_shot:
+        questions = one_shot_questions(test_features, test_labels, ways=one_shot, seed=seed)
+        results["one_shot"] = _timed(one_shot_accuracy, *questions)
     return results
 
 

@@ -57,6 +57,19 @@ def stereo_errors(
     }
 
 
+def evaluate_pairs(matcher: "StereoMatcher", source) -> dict[str, float]:
+    """Mean over the pairs of a source of `stereo_errors`, and their number.
+
+    Args:
+        matcher: see `StereoMatcher`.
+        source: of `hf_masked.data.stereo.load_stereo`.
+    """
+    samples = [source.sample(index) for index in range(len(source))]
+    errors = [stereo_errors(matcher(pair.left, pair.right).disparity, pair.disparity) for pair in samples]
+    means = {name: sum(pair[name] for pair in errors) / len(errors) for name in errors[0]}
+    return means | {"pairs": len(errors)}
+
+
 def _errors(predicted, truth, max_disparity) -> tuple[torch.Tensor, torch.Tensor]:
     """Absolute errors and truths of the valid pixels."""
     if predicted.shape != truth.shape:
@@ -146,6 +159,7 @@ __all__ = [
     "bad_pixel_rate",
     "d1_error",
     "end_point_error",
+    "evaluate_pairs",
     "stereo_errors",
     "valid_pixels",
 ]

@@ -54,7 +54,8 @@ def convert(variant: Variant, path: str | Path, config: VariantConfig | None = N
         config: where the checkpoint's shapes do not tell it.
 
     Returns:
-        The pretraining model; or the encoder, where the file holds no more than that.
+        The pretraining model; or the encoder, where the file holds no more than that; or the task head that fits, of
+        those without an Auto class.
 
     Raises:
         ValueError: if the variant has no official weights, or any weight is missing, left over or of another shape.
@@ -65,7 +66,7 @@ def convert(variant: Variant, path: str | Path, config: VariantConfig | None = N
     config = config or variant.official_config(official)
     weights = variant.convert(official, config)
     reports = []
-    for model_class in (variant.pretraining, variant.model):
+    for model_class in (variant.pretraining, variant.model, *variant.other_heads):
         model = model_class(config)
         expected = model.state_dict()
         problems = {

@@ -9,7 +9,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hf_masked.modeling.base import VariantConfig, VariantModel
 from hf_masked.modeling.parts.patches import check_mask, check_pixel_values, pair, visible_indices
-from hf_masked.processing.masks import MASKS, make_mask, num_masked_units
+from hf_masked.processing.masks import MASKS, make_mask, num_masked_of_kind
 from hf_masked.randomness import model_draw
 
 
@@ -37,8 +37,8 @@ class MaskedPatchesConfig(VariantConfig):
             raise ValueError(f"mask_kind is {self.mask_kind!r}; known are {', '.join(sorted(MASKS))}.")
 
     @property
-    def mask_unit(self) -> tuple[int, int]:
-        """(height, width) in pixels of what is masked or visible as a whole."""
+    def mask_unit(self) -> tuple[int, ...]:
+        """(height, width) in pixels of what is masked or visible as a whole; of clips (frames, height, width)."""
         return pair(self.backbone_config.patch_size)
 
     def mask_arguments(self) -> dict:
@@ -77,10 +77,12 @@ class MaskedPatchesModel(VariantModel):
         draw = model_draw(pixel_values.shape[0], pixel_values.device, self.training, generator, noise)
         return make_mask(self.config.mask_kind, draw, grid, self.config.mask_ratio, **self.config.mask_arguments())
 
-    def _visible(self, bool_masked_pos: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def _visible(self, bool_masked_pos: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
         """Visible indices; a compiled forward takes the count from the config instead of reading the mask."""
-        compiling = torch.compiler.is_compiling()
-        return visible_indices(bool_masked_pos, num_masked_units(grid, self.config.mask_ratio) if compiling else None)
+        config, count = self.config, None
+        if torch.compiler.is_compiling():
+            count = num_masked_of_kind(config.mask_kind, grid, config.mask_ratio)
+        return visible_indices(bool_masked_pos, count)
 
 
 class MaskedFeatures:

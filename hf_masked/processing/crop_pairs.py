@@ -1,4 +1,4 @@
-"""Pairs of views whose second one is masked: the inputs of CropMAE and SiamMAE."""
+"""Pairs of views of which one is masked: the inputs of CropMAE, SiamMAE and CroCo."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,20 @@ from hf_masked.randomness import keyed_draw
 NESTED = {"global_to_local": (0, 1), "local_to_global": (1, 0)}
 # Strategies of one crop and one flip for both views.
 SHARED = ("same_views", "frames")
+# Strategies that take samples of two pictures.
+OF_TWO = ("random_views", "frames")
 STRATEGIES = (*NESTED, "random_views", *SHARED)
 
 
 class CropPairImageProcessor(MultiViewImageProcessor, MaskedImageProcessor):
-    """Makes pairs of views, and a mask for the second one (CropMAE, `data/util/CropMAEStrategies.py`).
+    """Makes pairs of views, and a mask for one of them (CropMAE, `data/util/CropMAEStrategies.py`).
 
     The strategies:
         "global_to_local": view 1 is a random resized crop, view 2 a crop of view 1 as it is after resizing, before
             its flip, resized in its turn;
         "local_to_global": the same crops the other way round;
-        "random_views": two crops of the picture that know nothing of each other;
+        "random_views": two crops of the picture that know nothing of each other; of samples of two pictures, as of one
+            scene, a crop of each (CroCo);
         "same_views": one view twice;
         "frames": samples are two pictures, frames of a clip, and one crop and one flip are made of both (SiamMAE).
     Except where one is made for both, views are flipped independently, and photometric settings change each with its
@@ -92,7 +95,8 @@ class CropPairImageProcessor(MultiViewImageProcessor, MaskedImageProcessor):
     def finish(
         self, pixels: torch.Tensor, augment_keys: torch.Tensor | None = None, mask_keys: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """See `MaskedImageProcessor.finish`: `bool_masked_pos` (batch, units) is view 2's. Single pictures, (batch,
+        """See `MaskedImageProcessor.finish`: `bool_masked_pos` (batch, units) is of one view,
+        CroCo's first, other methods' second. Single pictures, (batch,
         channels, height, width), are not masked."""
         return super().finish(pixels, augment_keys, mask_keys if pixels.ndim == 5 else None)
 
@@ -124,10 +128,10 @@ class CropPairImageProcessor(MultiViewImageProcessor, MaskedImageProcessor):
 
     def _check_samples(self, are_sets: bool, keys: torch.Tensor | None) -> None:
         """Raises a ValueError for single pictures where frames are needed, and the other way round."""
-        if are_sets and self.strategy != "frames":
+        if are_sets and self.strategy not in OF_TWO:
             raise ValueError(
                 f"Samples are several pictures, and strategy={self.strategy!r} crops both views out of one: set "
-                "strategy='frames'."
+                f"strategy to one of {', '.join(OF_TWO)}."
             )
         if not are_sets and self.strategy == "frames" and keys is not None:
             raise ValueError(

@@ -6,6 +6,7 @@ halves take the samples' keys (see `hf_masked.randomness`); without keys nothing
 the picture, no augmentation.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import ClassVar
@@ -295,13 +296,13 @@ class MaskedImageProcessor(PretrainingImageProcessor):
             self._check_mask()
 
     def _check_mask(self) -> None:
-        height, width = self.size["height"], self.size["width"]
+        size = self._masked_size
         if min(self.mask_unit) < 1:
             raise ValueError(f"mask_unit is {self.mask_unit}; it must be at least 1 pixel, for example 16.")
-        if height % self.mask_unit[0] or width % self.mask_unit[1]:
+        if len(size) != len(self.mask_unit) or any(s % u for s, u in zip(size, self.mask_unit, strict=True)):
             raise ValueError(
-                f"A mask unit of {self.mask_unit[0]} x {self.mask_unit[1]} pixels does not divide the size "
-                f"{height} x {width}: choose a size that is a multiple of it."
+                f"A mask unit of {' x '.join(map(str, self.mask_unit))} pixels does not divide the size "
+                f"{' x '.join(map(str, size))}: choose a size that is a multiple of it."
             )
         if not 0.0 <= self.mask_ratio < 1.0:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie in [0, 1), for example 0.75.")
@@ -325,9 +326,14 @@ class MaskedImageProcessor(PretrainingImageProcessor):
         )
 
     @property
-    def mask_grid(self) -> tuple[int, int]:
+    def _masked_size(self) -> tuple[int, ...]:
+        """Of what mask units tile: (height, width)."""
+        return self._target_size
+
+    @property
+    def mask_grid(self) -> tuple[int, ...]:
         """(rows, columns) of mask units."""
-        return self.size["height"] // self.mask_unit[0], self.size["width"] // self.mask_unit[1]
+        return tuple(size // unit for size, unit in zip(self._masked_size, self.mask_unit, strict=True))
 
     def finish(
         self, pixels: torch.Tensor, augment_keys: torch.Tensor | None = None, mask_keys: torch.Tensor | None = None
@@ -349,7 +355,7 @@ class MaskedImageProcessor(PretrainingImageProcessor):
             return inputs
         draw = keyed_draw(mask_keys.to(pixels.device))
         if self.mask_kind == "model":
-            return inputs | {"noise": draw(self.mask_grid[0] * self.mask_grid[1])}
+            return inputs | {"noise": draw(math.prod(self.mask_grid))}
         mask = masks.make_mask(self.mask_kind, draw, self.mask_grid, self.mask_ratio, **self.mask_options)
         inputs["bool_masked_pos"] = mask
         if self.prediction_ratio is not None:

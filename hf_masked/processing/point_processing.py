@@ -192,7 +192,9 @@ def check_cloud(cloud) -> torch.Tensor:
     """
     points = torch.as_tensor(np.asarray(cloud)) if not isinstance(cloud, torch.Tensor) else cloud
     if points.ndim != 2 or points.shape[1] < 3 or len(points) == 0:
-        raise ValueError(f"A cloud is {tuple(points.shape)}; expected (points, 3), x, y, z first, with a point or more.")
+        raise ValueError(
+            f"A cloud is {tuple(points.shape)}; expected (points, 3), x, y, z first, with a point or more."
+        )
     points = points[:, :3].float()
     if not points.isfinite().all():
         raise ValueError("A cloud has coordinates that are not finite: leave such points out.")

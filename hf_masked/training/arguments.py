@@ -43,6 +43,12 @@ class PreTrainingArguments(TrainingArguments):
             "(LARS), for large batches; with `optim: sgd` and, in `optim_args`, its momentum."
         },
     )
+    coupled_weight_decay: bool = field(
+        default=False,
+        metadata={
+            "help": "Add the weight decay to the gradients, as Adam did before AdamW; with `optim: adamw_torch`."
+        },
+    )
     layer_decay: float | None = field(
         default=None, metadata={"help": "Factor of the learning rate per layer, from the top down; none by default."}
     )
@@ -105,6 +111,10 @@ class PreTrainingArguments(TrainingArguments):
             raise ValueError(f"lr_cycles is {self.lr_cycles}; it must be at least 1.")
         if self.lars and self.optim != "sgd":
             raise ValueError(f"lars=True scales the steps of SGD, and optim is {self.optim!r}: set optim=sgd.")
+        if self.coupled_weight_decay and self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(
+                f"coupled_weight_decay=True makes Adam of AdamW, and optim is {self.optim!r}: set optim=adamw_torch."
+            )
         if self.nonfinite not in ("stop", "skip"):
             raise ValueError(f"nonfinite is {self.nonfinite!r}; it must be 'stop' or 'skip'.")
         if self.nonfinite_check_steps < 1:

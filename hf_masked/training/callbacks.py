@@ -1,6 +1,7 @@
 """Callbacks of a pretraining run: progress for methods that change over time, online probes, pictures."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -62,9 +63,13 @@ class EpochCallback(TrainerCallback):
 class EpochIntervalCallback(TrainerCallback):
     """Base: calls `act(state, model)` every so many epochs and at the end of training.
 
+    What it takes does not count in the speed of the run of its `trainer`, where it has one.
+
     Args:
         every_epochs: may be a fraction; 0 for never.
     """
+
+    trainer = None
 
     def __init__(self, every_epochs: float):
         self.every_epochs = every_epochs
@@ -77,7 +82,10 @@ class EpochIntervalCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.every_epochs and (self._due(state) > self._done or state.global_step == state.max_steps):
             self._done = self._due(state)
-            self.act(state, model)
+            should_log = control.should_log
+            with self.trainer.throughput.paused() if self.trainer else nullcontext():
+                self.act(state, model)
+            control.should_log = should_log  # a line that `act` logs would take the place of the step's own
 
     def _due(self, state) -> int:
         return int((state.epoch or 0.0) / self.every_epochs + 1e-6) if self.every_epochs else 0
@@ -125,7 +133,6 @@ class OnlineProbeCallback(EpochIntervalCallback):
                 figures["feature_spread"],
             )
         self.trainer.log({name: round(float(value), 4) for name, value in figures.items()})
-        self.trainer.throughput.reset()
 
     def _features(self, model, samples, labels):
         """Features and labels of one split, each process having encoded its share."""
@@ -167,7 +174,6 @@ class PictureCallback(EpochIntervalCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         self._to_tensorboard(picture, state.global_step)
-        self.trainer.throughput.reset()
 
     def _to_tensorboard(self, picture, step: int) -> None:
         import numpy as np

@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, PreTrainedModel, TrainerState, set_
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_masked
+from hf_masked.extras import MissingPackageError
 from hf_masked.modeling.registry import Variant, get_variant
 from hf_masked.training.arguments import PreTrainingArguments
 from hf_masked.training.callbacks import OnlineProbeCallback, PictureCallback
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> PreTrainer:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         return train(*parse(sys.argv[1:] if arguments is None else arguments))
-    except (RecipeError, LaunchError, HubError, ValueError, SavingError, NonFiniteError) as error:
+    except (RecipeError, LaunchError, HubError, ValueError, MissingPackageError, SavingError, NonFiniteError) as error:
         if os.environ.get("HF_MASKED_TRACEBACK"):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -122,6 +123,8 @@ def _normalization_of(checkpoint: str) -> dict:
 def add_observers(trainer: PreTrainer, modality: Modality, source, data: DataArguments) -> None:
     """Adds the online probe, where there are labels, and the pictures."""
     args, processor, config = trainer.args, trainer.processing_class, trainer.model.config
+    for observer in modality.observers(trainer, source, data, config):
+        trainer.add_callback(observer)
     try:
         test_source = modality.open(data, data.test_split, config, processor)
     except ValueError as error:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from hf_masked.modeling.base import VariantModel
 from hf_masked.modeling.parts.gray import fold_gray_to_rgb
-from hf_masked.processing.image_processing import PretrainingImageProcessor
 from hf_masked.processing.stock import save_stock_processor
 from hf_masked.training.saving import whole_files
 
@@ -33,7 +32,7 @@ def export_encoder(model: VariantModel, processor, output: str | Path, rgb: bool
     """
     model.sync_backbone()
     backbone = model.plain_backbone()
-    if not isinstance(processor, PretrainingImageProcessor):
+    if hasattr(processor, "save_plain"):
         if rgb:
             raise ValueError(f"rgb turns gray pictures into colour, and {model.config.model_type} learns from none.")
         with whole_files(output) as folder:

@@ -57,7 +57,7 @@ class DataArguments:
         metadata={
             "help": "Hub id, folder of images, Parquet or tar files, their folder or URL, a cache of "
             "`hf-masked cache`, `fashion_mnist`, or `digits`; for stereo matching a folder of pairs, or "
-            "`synthetic_stereo`."
+            "`synthetic_stereo`; a graph as .npz file, `cora`, `citeseer`, `pubmed` or `karate_club`."
         }
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
@@ -75,6 +75,13 @@ class DataArguments:
         metadata={
             "help": "For methods that learn from frames of clips: the smallest gap between two frames, and one more "
             "than the largest; 4 48 by default."
+        },
+    )
+    held_out_edges: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "For methods that learn from graphs: shares of the edges that are held out for validation and for "
+            "testing; 0.05 0.1 by default."
         },
     )
     streaming: bool = field(

@@ -1,6 +1,8 @@
 """How fast a run is, how long it waits for data, and how much of the machine's matrix rate it achieves."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,6 +38,13 @@ class ThroughputMeter:
         self.samples = 0
         self.waited = 0.0
         self.started = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside counts for nothing."""
+        started = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - started
 
     def calibrate(self, model: torch.nn.Module, inputs: dict) -> None:
         """Counts the model's operations per sample and measures the device's matrix rate, once per run."""

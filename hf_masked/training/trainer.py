@@ -83,7 +83,7 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
             self.args.device,
             dtype,
             self.args.world_size,
-            unit="images" if self.model.main_input_name == "pixel_values" else "samples",
+            unit=self._unit(),
         )
         self.bad_images = BadImageLog(self.args.max_bad_share)
         self._stepped = False
@@ -93,6 +93,12 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
             self.add_callback(callback)
         if getattr(self.model, "sync_batch_norm", False) and self.args.world_size > 1:
             self._synchronise_batch_norm()
+
+    def _unit(self) -> str:
+        """What the log counts per second."""
+        if self.model.main_input_name != "pixel_values":
+            return "samples"
+        return "videos" if "video" in self.model.input_modalities else "images"
 
     def _synchronise_batch_norm(self) -> None:
         """Batch statistics over all processes, where torch can."""
@@ -174,7 +180,11 @@ class PreTrainer(HubMixin, FaithfulCheckpointsMixin, WholeCheckpointsMixin, Resu
                 layer_decay=self.args.layer_decay,
             )
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = (LARS if self.args.lars else optimizer_class)(groups, **arguments)
+            if self.args.lars:
+                optimizer_class = LARS
+            elif self.args.coupled_weight_decay:
+                optimizer_class = torch.optim.Adam
+            self.optimizer = optimizer_class(groups, **arguments)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):

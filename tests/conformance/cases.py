@@ -1,6 +1,7 @@
 """What the conformance tests need of a variant, made from the catalogue alone."""
 
 import copy
+from collections.abc import Callable
 from importlib import import_module
 
 import pytest
@@ -67,6 +68,14 @@ def training_inputs(variant: Variant, config, batch: int = 4, seed: int = 0) -> 
     if variant.pretraining.uses_classes:
         inputs |= {"classes": drawn["labels"]}
     return inputs | ({"labels": drawn["targets"]} if "targets" in drawn else {})
+
+
+def plain_samples(variant: Variant, config, count: int) -> tuple[list[dict], Callable | None]:
+    """So many samples as the plain Trainer takes them, and its collator; None for transformers' own."""
+    if hasattr(examples_of(variant), "plain_samples"):
+        return examples_of(variant).plain_samples(variant, processor_of(variant, config), count)
+    inputs = training_inputs(variant, config, batch=count)
+    return [{name: value[i] for name, value in inputs.items()} for i in range(count)], None
 
 
 def variation(variant: Variant, **backbone_settings):

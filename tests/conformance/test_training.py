@@ -18,6 +18,7 @@ from tests.conformance.cases import (
     MODELS,
     examples_of,
     gradients,
+    plain_samples,
     processor_of,
     skip_if_declined,
     tiny_model,
@@ -69,7 +70,7 @@ def test_log_names_the_parts_of_the_loss_and_the_speed(variant, tmp_path):
     line = trainer.state.log_history[0]
     parts = tiny_model(variant)(**training_inputs(variant, trainer.model.config)).losses
     assert {f"loss_{name}" for name in parts} <= line.keys()
-    assert {"images/s", "data_wait_%", "matmul_rate_%"} <= line.keys()
+    assert {f"{trainer.throughput.unit}/s", "data_wait_%", "matmul_rate_%"} <= line.keys()
     assert trainer.model.training_progress == 1.0
 
 
@@ -89,8 +90,7 @@ def test_gradient_accumulation_equals_one_large_batch(variant, tmp_path):
 
 def test_plain_trainer_works(variant, tmp_path):
     model = tiny_model(variant)
-    inputs = training_inputs(variant, model.config, batch=8)
-    samples = [{name: value[i] for name, value in inputs.items()} for i in range(8)]
+    samples, collator = plain_samples(variant, model.config, 8)
     args = TrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -100,7 +100,8 @@ def test_plain_trainer_works(variant, tmp_path):
         disable_tqdm=True,
         save_strategy="no",
     )
-    trainer = Trainer(model=model, args=args, train_dataset=samples, eval_dataset=samples)
+    data = {"train_dataset": samples, "eval_dataset": samples, "data_collator": collator}
+    trainer = Trainer(model=model, args=args, **data)
     # A loss that never was one would be 0; cosines may be negative.
     for loss in (trainer.train().training_loss, trainer.evaluate()["eval_loss"]):
         assert math.isfinite(loss) and loss != 0
@@ -159,7 +160,8 @@ def test_two_processes_equal_one(variant, two_process_gradients):
 PLAIN = """
 import json, sys, torch
 sys.modules["hf_masked"] = None  # as where it is not installed
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoModelForVideoClassification, Trainer, TrainingArguments
 
 found = {}
 for name, folder in json.load(open(sys.argv[1])).items():
@@ -170,7 +172,9 @@ for name, folder in json.load(open(sys.argv[1])).items():
     if set(inputs) != {"pixel_values"}:
         continue
     processor = AutoImageProcessor.from_pretrained(folder)
-    classifier = AutoModelForImageClassification.from_pretrained(folder, num_labels=3)
+    clips = inputs["pixel_values"].ndim == 5
+    head = AutoModelForVideoClassification if clips else AutoModelForImageClassification
+    classifier = head.from_pretrained(folder, num_labels=3)
     samples = [{"pixel_values": picture, "labels": i} for i, picture in enumerate(inputs["pixel_values"])]
     args = TrainingArguments(output_dir=folder + "/out", use_cpu=True, max_steps=1, report_to="none",
                              save_strategy="no", disable_tqdm=True)

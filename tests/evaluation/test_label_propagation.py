@@ -7,14 +7,20 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
+from transformers import ViTConfig, ViTModel
 
+from hf_masked.data.annotated_clips import annotated_clips
 from hf_masked.evaluation import metrics
+from hf_masked.evaluation.features import ImageSettings
 from hf_masked.evaluation.label_propagation import (
     contour_accuracy,
     contours,
+    evaluate_clips,
     hard_labels,
     propagate_labels,
+    propagated_masks,
     region_similarity,
     segmentation_measures,
     soft_labels,
@@ -145,3 +151,61 @@ def test_wrong_arguments_are_named():
         segmentation_measures(torch.zeros(1, 4, 4).long(), torch.zeros(1, 4, 4).long())
     with pytest.raises(ValueError, match="twice"):
         segmentation_measures(torch.zeros(4, 4).long(), torch.zeros(4, 4).long())
+
+
+def moving_squares(folder: Path, frames: int = 5, resolution: str = "") -> Path:
+    """A clip like DAVIS's: a light square wanders over a dark ground, and a gray one stands still."""
+    for kind in ("JPEGImages", "Annotations"):
+        (folder / kind / resolution / "squares").mkdir(parents=True)
+    for frame in range(frames):
+        picture, mask = np.full((34, 48), 10, np.uint8), np.zeros((34, 48), np.uint8)
+        for value, label, left in ((240, 200, 4 + 4 * frame), (120, 255, 36)):
+            picture[8:20, left : left + 8], mask[8:20, left : left + 8] = value, label
+        Image.fromarray(picture).save(folder / "JPEGImages" / resolution / "squares" / f"{frame:05}.png")
+        Image.fromarray(mask).save(folder / "Annotations" / resolution / "squares" / f"{frame:05}.png")
+    return folder
+
+
+@pytest.fixture
+def encoder():
+    """Features that are the patches' colours: a ViT without layers whose embedding is a constant kernel."""
+    config = ViTConfig(
+        image_size=32, patch_size=4, num_channels=1, hidden_size=4, num_hidden_layers=0, num_attention_heads=1
+    )
+    model = ViTModel(config, add_pooling_layer=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.embeddings.patch_embeddings.projection.weight[0] = 1 / 16
+        model.embeddings.patch_embeddings.projection.bias[1] = 0.5
+    model.layernorm = torch.nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize("resolution", ["", "480p"])
+def test_masks_follow_what_looks_alike(tmp_path, encoder, resolution):
+    settings = ImageSettings((0.0,), (1.0,), (32, 32))
+    (clip,) = annotated_clips(moving_squares(tmp_path, resolution=resolution), num_channels=1)
+    assert clip.frames.shape == (5, 1, 34, 48) and clip.masks.unique().tolist() == [0, 1, 2]
+    masks = propagated_masks(encoder, settings, clip, temperature=0.05, top_k=3)
+    assert masks.shape == clip.masks.shape
+    centres = [(masks[frame] == 1).nonzero()[:, 1].float().mean() for frame in range(5)]
+    assert torch.stack(centres).diff().sub(4).abs().max() < 1, "the light square moves by four pixels a frame"
+    found = evaluate_clips(encoder, settings, [clip], temperature=0.05, top_k=3)
+    assert found["objects"] == 2 and found["j"] > 0.7
+    expected = segmentation_measures(masks[1:-1], clip.masks[1:-1])
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_clips_that_cannot_be_judged_are_named(tmp_path, encoder):
+    settings = ImageSettings((0.0,), (1.0,), (32, 32))
+    with pytest.raises(ValueError, match="JPEGImages"):
+        list(annotated_clips(tmp_path))
+    folder = moving_squares(tmp_path, frames=2)
+    with pytest.raises(ValueError, match="squares has 2 frames"):
+        evaluate_clips(encoder, settings, annotated_clips(folder, 1))
+    Image.new("L", (9, 9)).save(folder / "Annotations" / "squares" / "00001.png")
+    with pytest.raises(ValueError, match=r"00001.png is \(34, 48\) pixels large and its mask \(9, 9\)"):
+        list(annotated_clips(folder, 1))
+    with pytest.raises(ValueError, match="no clips"):
+        evaluate_clips(encoder, settings, [])

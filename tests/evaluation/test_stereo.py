@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from hf_masked import MAEConfig, PSMNetForStereoMatching, StereoImageProcessor
 from hf_masked.cli import app
+from hf_masked.data import SyntheticStereo
 from hf_masked.evaluation.metrics import load_metric
 from hf_masked.evaluation.stereo import (
     StereoMatch,
@@ -15,6 +16,7 @@ from hf_masked.evaluation.stereo import (
     bad_pixel_rate,
     d1_error,
     end_point_error,
+    evaluate_pairs,
     stereo_errors,
 )
 from hf_masked.modeling.masked_image.mae import tiny_config as tiny_mae
@@ -106,3 +108,14 @@ def test_command_line(checkpoint, tmp_path):
     line = next(line for line in result.output.splitlines() if line.startswith("end_point_error"))
     assert float(line.split()[1]) == pytest.approx(error, abs=0.01)
     assert (tmp_path / "map.png").is_file()
+
+
+def test_a_source_of_pairs_is_judged_as_a_whole(checkpoint):
+    matcher = StereoMatcher.from_pretrained(str(checkpoint))
+    source = SyntheticStereo(3, (32, 64), 12, seed=0)
+    found = evaluate_pairs(matcher, source)
+    pairs = [source.sample(index) for index in range(3)]
+    each = [stereo_errors(matcher(pair.left, pair.right).disparity, pair.disparity) for pair in pairs]
+    assert found["pairs"] == 3
+    for name in each[0]:
+        assert found[name] == pytest.approx(sum(errors[name] for errors in each) / 3)

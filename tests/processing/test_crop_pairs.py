@@ -186,7 +186,7 @@ def test_wrong_settings_and_samples_are_named():
         CropPairImageProcessor(num_views=3)
     with pytest.raises(ValueError, match="local_crop_scale"):
         CropPairImageProcessor(local_crop_scale=(0.6, 0.3))
-    with pytest.raises(ValueError, match="strategy='frames'"):
+    with pytest.raises(ValueError, match="random_views, frames"):
         CropPairImageProcessor(**SMALL)([pictures(2)], training=True)
     with pytest.raises(ValueError, match="takes pairs of pictures"):
         CropPairImageProcessor(strategy="frames", **SMALL)(pictures(2), training=True)

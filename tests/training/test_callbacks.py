@@ -6,12 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from hf_masked import MAEForPreTraining, MaskedImageProcessor
 from hf_masked.modeling.masked_image.mae import tiny_config
 from hf_masked.training.callbacks import EpochIntervalCallback, OnlineProbeCallback, PictureCallback
 from hf_masked.training.modalities.image import MODALITY
+from hf_masked.training.throughput import ThroughputMeter
 from hf_masked.training.visualization import embedding_plot, loss_curve, picture_grid
 
 
@@ -31,11 +32,19 @@ class Recorder(EpochIntervalCallback):
 def test_interval_callbacks_act_on_time_and_not_again_after_a_resume(every, start, expected):
     callback = Recorder(every)
     state = TrainerState(max_steps=25, global_step=start, epoch=start / 10)
-    callback.on_train_begin(None, state, None)
+    control = TrainerControl(should_log=True)
+    callback.on_train_begin(None, state, control)
     for step in range(start + 1, 26):
         state.global_step, state.epoch = step, step / 10
-        callback.on_step_end(None, state, None)
+        callback.on_step_end(None, state, control)
     assert callback.steps == expected
+
+
+def test_what_a_callback_logs_does_not_take_the_place_of_the_steps_own_line():
+    callback, control = EpochIntervalCallback(1.0), TrainerControl(should_log=True)
+    callback.act = lambda state, model: setattr(control, "should_log", False)  # as `Trainer.log` does
+    callback.on_step_end(None, TrainerState(max_steps=9, global_step=1, epoch=1.0), control)
+    assert control.should_log
 
 
 def trainer_stub(tmp_path):
@@ -46,7 +55,7 @@ def trainer_stub(tmp_path):
         processing_class=MaskedImageProcessor(**config.processor_settings()),
         log=logged.update,
         logged=logged,
-        throughput=SimpleNamespace(reset=lambda: None),
+        throughput=ThroughputMeter(torch.device("cpu"), torch.float32),
         args=SimpleNamespace(output_dir=str(tmp_path), device=torch.device("cpu")),
         is_world_process_zero=lambda: True,
         callback_handler=SimpleNamespace(callbacks=[]),

@@ -44,6 +44,17 @@ def test_report_counts_since_the_last_one(monkeypatch):
     assert meter.report()["images/s"] == 0.0
 
 
+def test_a_pause_counts_for_nothing(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("hf_masked.training.throughput.time.perf_counter", lambda: now[0])
+    meter = ThroughputMeter(torch.device("cpu"), torch.float32)
+    meter.samples, now[0] = 100, 1.0
+    with meter.paused():
+        now[0] = 9.0
+    now[0] = 10.0
+    assert meter.report()["images/s"] == 50.0
+
+
 def test_share_of_the_rate_is_that_of_all_processes(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("hf_masked.training.throughput.time.perf_counter", lambda: now[0])

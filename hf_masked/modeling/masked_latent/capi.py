@@ -21,7 +21,6 @@ from transformers.utils import can_return_tuple
 from hf_masked.modeling.masked_latent.capi_encoder import (
     CAPIEncoderConfig,
     CAPILayer,
-    check_heads,
     everything,
     init_capi,
     rope_angles,
@@ -38,6 +37,7 @@ from hf_masked.modeling.parts.patches import (
     take,
     unpatchify,
 )
+from hf_masked.modeling.parts.rotary import check_rotary_heads
 from hf_masked.modeling.parts.state_dicts import official_depth, rename_weights
 from hf_masked.modeling.registry import register_variant
 from hf_masked.processing.masks import make_mask, num_predicted_units, partial_mask
@@ -108,7 +108,7 @@ class CAPIConfig(MaskedPatchesConfig):
                 f"prediction_ratio is {self.prediction_ratio}; it must lie in (0, mask_ratio], mask_ratio being "
                 f"{self.mask_ratio}. None predicts all that is masked."
             )
-        check_heads("predictor_", self.predictor_hidden_size, self.predictor_num_attention_heads)
+        check_rotary_heads("predictor_", self.predictor_hidden_size, self.predictor_num_attention_heads)
         for name in ("student_temperature", "target_temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive, for example 0.1.")

@@ -11,22 +11,18 @@ from typing import ClassVar
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_masked.modeling.parts.backbones import backbone_grid, xavier_uniform_as_matrix
-from hf_masked.modeling.parts.blocks import eager_attention
-from hf_masked.modeling.parts.patches import check_pixel_values, pair, patchify, take
+from hf_masked.modeling.own_encoder import OwnEncoderClassifier, OwnEncoderModel
+from hf_masked.modeling.parts.backbones import backbone_grid, embed_patches, init_patch_projection
+from hf_masked.modeling.parts.patches import check_pixel_values, pair
+from hf_masked.modeling.parts.rotary import RotaryAttention, Rotation, check_rotary_heads
 
 ROPES = ("reference", "axial")
-
-# (cosines, sines), float (batch, 1, tokens, head width) each: what a token's position does to queries and keys.
-Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class CAPIEncoderConfig(PreTrainedConfig):
@@ -66,7 +62,7 @@ class CAPIEncoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        check_heads("", self.hidden_size, self.num_attention_heads)
+        check_rotary_heads("", self.hidden_size, self.num_attention_heads)
         if self.num_register_tokens % 4:
             raise ValueError(f"num_register_tokens is {self.num_register_tokens}; it must be a multiple of 4 sides.")
         if not 0.0 <= self.drop_path_rate < 1.0:
@@ -74,15 +70,6 @@ class CAPIEncoderConfig(PreTrainedConfig):
         if self.rope not in ROPES:
             raise ValueError(f"rope is {self.rope!r}; it must be one of {', '.join(ROPES)}.")
         backbone_grid(self)
-
-
-def check_heads(prefix: str, hidden_size: int, heads: int) -> None:
-    """Raises a ValueError for heads that do not divide the width into what rotary positions need."""
-    if hidden_size % (4 * heads):
-        raise ValueError(
-            f"{prefix}hidden_size={hidden_size} is no multiple of 4 * {prefix}num_attention_heads={4 * heads}: a head "
-            "holds two axes of two channels per frequency."
-        )
 
 
 def token_coordinates(grid: tuple[int, int], num_registers: int, visible: torch.Tensor) -> torch.Tensor:
@@ -129,63 +116,11 @@ def rope_angles(coordinates: torch.Tensor, head_size: int, max_frequency: float,
     return angles.flatten(2)
 
 
-def apply_rope(states: torch.Tensor, rotation: Rotation, rope: str) -> torch.Tensor:
-    """Turns queries or keys, (batch, heads, tokens, head width), by the angles of their positions.
-
-    With "reference" channel i goes with channel i + width / 2, whose angle is that of the other axis; with "axial" it
-    goes, within each half, with the one that has the same angle, and lengths are kept.
-    """
-    cosines, sines = rotation
-    parts = states.unflatten(-1, (2, -1)) if rope == "axial" else states.unsqueeze(-2)
-    first, second = parts.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1).flatten(-2)
-    return states * cosines + turned * sines
-
-
-class CAPIAttention(nn.Module):
-    """Attention with rotary positions, without biases; of queries to a memory where there is one.
-
-    Args:
-        config: the model's, whose `_attn_implementation` chooses the kernel.
-        rope: see `CAPIEncoderConfig`.
-        hidden_size, num_attention_heads: of the queries.
-        memory_size: width of what is attended to.
-    """
-
-    is_causal = False
-
-    def __init__(
-        self, config: PreTrainedConfig, rope: str, hidden_size: int, num_attention_heads: int, memory_size: int
-    ):
-        super().__init__()
-        self.config = config
-        self.rope = rope
-        self.num_attention_heads = num_attention_heads
-        self.scaling = (hidden_size // num_attention_heads) ** -0.5
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(memory_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(memory_size, hidden_size, bias=False)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rotation: Rotation,
-        memory: torch.Tensor | None = None,
-        memory_rotation: Rotation | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(batch, queries, hidden) -> the same shape, and the weights where the kernel tells them."""
-        if memory is None:
-            memory, memory_rotation = hidden_states, rotation
-        query, key, value = (
-            projection(states).unflatten(2, (self.num_attention_heads, -1)).transpose(1, 2)
-            for projection, states in ((self.q_proj, hidden_states), (self.k_proj, memory), (self.v_proj, memory))
-        )  # (batch, heads, tokens, head width) each
-        query = apply_rope(query, rotation, self.rope).to(value.dtype)
-        key = apply_rope(key, memory_rotation, self.rope).to(value.dtype)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        context, weights = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
-        return self.o_proj(context.flatten(2)), weights
+def rotary_parts(rope: str) -> int:
+    """Into how many parts `rope` cuts a head, see `rotate`: with "axial" the channels that are turned together have
+    the same angle and lengths are kept; with "reference" channel i goes with channel i + width / 2, whose angle is
+    that of the other axis."""
+    return 2 if rope == "axial" else 1
 
 
 class CAPILayer(GradientCheckpointingLayer):
@@ -210,7 +145,14 @@ class CAPILayer(GradientCheckpointingLayer):
         super().__init__()
         self.drop_path_rate = encoder.drop_path_rate
         self.attention_norm = nn.RMSNorm(hidden_size, eps=encoder.rms_norm_eps)
-        self.attention = CAPIAttention(config, encoder.rope, hidden_size, num_attention_heads, memory_size)
+        self.attention = RotaryAttention(
+            config,
+            hidden_size,
+            num_attention_heads,
+            memory_size,
+            bias=False,
+            rotary_parts=rotary_parts(encoder.rope),
+        )
         self.feed_forward_norm = nn.RMSNorm(hidden_size, eps=encoder.rms_norm_eps)
         self.feed_forward = nn.Sequential(
             nn.Linear(hidden_size, intermediate_size, bias=False),
@@ -264,35 +206,18 @@ class CAPIEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Pictures and int64 (batch, visible) -> (batch, registers + visible, hidden)."""
-        projection = self.patch_embeddings
-        # As a linear layer, on visible patches only; the kernel's order is (channel, row, column).
-        patches = take(patchify(pixel_values, projection.kernel_size), visible)
-        patches = patches.unflatten(2, (*projection.kernel_size, -1)).permute(0, 1, 4, 2, 3).flatten(2)
-        weight = projection.weight.flatten(1)
-        tokens = F.linear(patches.to(weight.dtype), weight, projection.bias)
+        tokens = embed_patches(self.patch_embeddings, pixel_values, visible)
         registers = self.register_tokens.expand(tokens.shape[0], -1, -1)
         # The residual stream is not in half precision under autocast.
         return torch.cat([registers, tokens.to(registers.dtype)], dim=1)
 
 
-class CAPIEncoderPreTrainedModel(PreTrainedModel):
+class CAPIEncoderPreTrainedModel(OwnEncoderModel):
     """Initialisation of the encoder, alone or under a classifier."""
 
     config: CAPIEncoderConfig
-    base_model_prefix = "encoder"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
     _no_split_modules: ClassVar[list[str]] = ["CAPILayer"]
-    _can_record_outputs: ClassVar[dict] = {"hidden_states": CAPILayer, "attentions": CAPIAttention}
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        return False  # see `VariantModel`
+    _can_record_outputs: ClassVar[dict] = {"hidden_states": CAPILayer, "attentions": RotaryAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -385,10 +310,7 @@ def init_capi(module: nn.Module) -> None:
     elif isinstance(module, nn.RMSNorm) and module.elementwise_affine:
         init.ones_(module.weight)
     elif isinstance(module, CAPIEmbeddings):
-        projection = module.patch_embeddings
-        xavier_uniform_as_matrix(projection.weight)
-        bound = 1 / math.sqrt(projection.weight[0].numel())  # torch's own
-        init.uniform_(projection.bias, -bound, bound)
+        init_patch_projection(module.patch_embeddings)
         init.normal_(module.register_tokens, std=0.02)
 
 
@@ -410,7 +332,7 @@ class AttentivePooler(nn.Module):
         return F.scaled_dot_product_attention(query.to(value.dtype), key, value).flatten(1)
 
 
-class CAPIForImageClassification(CAPIEncoderPreTrainedModel):
+class CAPIForImageClassification(OwnEncoderClassifier, CAPIEncoderPreTrainedModel):
     """An exported encoder with attentive pooling of its patches and a linear layer."""
 
     def __init__(self, config: CAPIEncoderConfig):
@@ -427,29 +349,8 @@ class CAPIForImageClassification(CAPIEncoderPreTrainedModel):
             for weight in (self.pooler.query, self.pooler.key_value.weight, self.classifier.weight):
                 init.trunc_normal_(weight, std=0.02)
 
-    @can_return_tuple
-    def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
-    ) -> ImageClassifierOutput:
-        """Classifies pictures.
-
-        Args:
-            pixel_values: float (batch, channels, height, width).
-            labels: int64 (batch,), for the cross-entropy.
-            kwargs: of the encoder, for example `output_hidden_states`.
-
-        Returns:
-            logits: (batch, num_labels).
-        """
-        outputs = self.encoder(pixel_values, **kwargs)
-        patches = outputs.last_hidden_state[:, self.config.num_register_tokens :]
-        logits = self.classifier(self.pooler(patches))
-        return ImageClassifierOutput(
-            loss=None if labels is None else F.cross_entropy(logits.float(), labels),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def classify(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.pooler(tokens[:, self.config.num_register_tokens :]))
 
 
 AutoConfig.register(CAPIEncoderConfig.model_type, CAPIEncoderConfig)

@@ -128,7 +128,9 @@ class PointMAEDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(encoder.hidden_size, eps=encoder.layer_norm_eps)
 
-    def forward(self, encoded: torch.Tensor, visible_center: torch.Tensor, masked_center: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, encoded: torch.Tensor, visible_center: torch.Tensor, masked_center: torch.Tensor
+    ) -> torch.Tensor:
         """Decodes the masked patches.
 
         Args:

@@ -160,7 +160,7 @@ def encode_visible(
     Returns:
         (batch, prefix + visible, hidden).
     """
-    tokens = _run_layers(backbone, _embed(backbone, pixel_values, visible), **kwargs)
+    tokens = run_layers(backbone, _embed(backbone, pixel_values, visible), **kwargs)
     return backbone.layernorm(tokens) if final_norm else tokens
 
 
@@ -208,7 +208,7 @@ def encode_with_mask_tokens(
     if backbone.config.model_type == "beit":
         tokens = beit_feature_maps(backbone, pixel_values, bool_masked_pos, **kwargs)[-1]
     else:
-        tokens = _run_layers(backbone, _embed(backbone, pixel_values, bool_masked_pos=bool_masked_pos), **kwargs)
+        tokens = run_layers(backbone, _embed(backbone, pixel_values, bool_masked_pos=bool_masked_pos), **kwargs)
     return backbone.layernorm(tokens) if final_norm else tokens
 
 
@@ -253,7 +253,8 @@ def check_window(config: PreTrainedConfig, size: tuple[int, int], stride: int) -
         )
 
 
-def _run_layers(backbone, hidden_states, **kwargs):
+def run_layers(backbone: PreTrainedModel, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    """What the layers of a ViT, DeiT, DINOv2, BEiT or ViViT make of (batch, tokens, hidden), before the final norm."""
     for layer in _layers(backbone):
         hidden_states = layer(hidden_states, **kwargs)
     return hidden_states
@@ -269,19 +270,38 @@ def _embed(backbone, pixel_values, visible=None, bool_masked_pos=None):
     prefix = _prefix_tokens(embeddings)  # (1, prefix, hidden)
     prefix = prefix + positions[:, : prefix.shape[1]]
     positions = positions[:, prefix.shape[1] :]  # (1, units, hidden)
-    # A convolution whose stride is its kernel is a linear layer on patches, and as such runs on the visible ones only.
-    patches = patchify(pixel_values, patch_size)
     if visible is not None:
-        patches, positions = take(patches, visible), positions[0][visible]
-    # The kernel's order is (channel, row, column). The patches follow it and not the other way round: a permuted
-    # weight would get a permuted gradient, which DDP copies.
-    patches = patches.unflatten(2, (*patch_size, -1)).permute(0, 1, 4, 2, 3).flatten(2)
-    weight = projection.weight.flatten(1)
-    tokens = F.linear(patches.to(weight.dtype), weight, projection.bias)
+        positions = positions[0][visible]
+    tokens = embed_patches(projection, pixel_values, visible)
     if bool_masked_pos is not None:
         tokens = torch.where(bool_masked_pos.unsqueeze(-1), embeddings.mask_token.to(tokens.dtype), tokens)
     tokens = tokens + positions
     return embeddings.dropout(torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1))
+
+
+def embed_patches(
+    projection: nn.Conv2d, pixel_values: torch.Tensor, visible: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A ViT's patch convolution on visible patches only.
+
+    A convolution whose stride is its kernel is a linear layer on patches, and as such runs on some of them.
+
+    Args:
+        projection: the convolution.
+        pixel_values: float (batch, channels, height, width).
+        visible: int64 (batch, visible), raster positions; None for all patches.
+
+    Returns:
+        (batch, visible, hidden).
+    """
+    patches = patchify(pixel_values, projection.kernel_size)
+    if visible is not None:
+        patches = take(patches, visible)
+    # The kernel's order is (channel, row, column). The patches follow it and not the other way round: a permuted
+    # weight would get a permuted gradient, which DDP copies.
+    patches = patches.unflatten(2, (*projection.kernel_size, -1)).permute(0, 1, 4, 2, 3).flatten(2)
+    weight = projection.weight.flatten(1)
+    return F.linear(patches.to(weight.dtype), weight, projection.bias)
 
 
 def _prefix_tokens(embeddings: nn.Module) -> torch.Tensor:
@@ -374,3 +394,10 @@ def xavier_uniform_as_matrix(weight: torch.Tensor) -> None:
     # `init` functions look at a mark on the tensor, which a view would lose.
     if not getattr(weight, "_is_hf_initialized", False):
         nn.init.xavier_uniform_(weight.flatten(1))
+
+
+def init_patch_projection(projection: nn.Conv2d) -> None:
+    """`xavier_uniform_as_matrix` for the kernel, torch's own initialisation for the bias."""
+    xavier_uniform_as_matrix(projection.weight)
+    bound = 1 / math.sqrt(projection.weight[0].numel())
+    init.uniform_(projection.bias, -bound, bound)

@@ -57,6 +57,23 @@ def _num_prefix_tokens(hidden: torch.Tensor, config: PreTrainedConfig, size: tup
     return max(hidden.shape[1] - rows * columns, 0)
 
 
+def patch_tokens(hidden: torch.Tensor, config: PreTrainedConfig, size: tuple[int, int]) -> torch.Tensor:
+    """(batch, rows, columns, width) of what an encoder makes of pictures of `size`: tokens (batch, tokens, width), or
+    maps (batch, width, rows, columns).
+
+    Raises:
+        ValueError: for an encoder that merges patches and returns tokens.
+    """
+    if hidden.ndim == 4:
+        return hidden.permute(0, 2, 3, 1)
+    rows, columns = (side // patch for side, patch in zip(size, pair(config.patch_size), strict=True))
+    if hidden.shape[1] < rows * columns:
+        raise ValueError(
+            f"{config.model_type} merges patches: its tokens are not those of the {rows} x {columns} grid."
+        )
+    return hidden[:, hidden.shape[1] - rows * columns :].unflatten(1, (rows, columns))
+
+
 def pool_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str = "mean") -> torch.Tensor:
     """One vector per text.
 

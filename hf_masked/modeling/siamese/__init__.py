@@ -1,6 +1,14 @@
 """Siamese learning: encoders that agree on views of the same thing."""
 
 from hf_masked.modeling.siamese.byol import BYOLConfig, BYOLForPreTraining, BYOLModel
+from hf_masked.modeling.siamese.croco import (
+    CroCoConfig,
+    CroCoForBinocularPrediction,
+    CroCoForDepthEstimation,
+    CroCoForPreTraining,
+    CroCoModel,
+)
+from hf_masked.modeling.siamese.croco_encoder import CroCoEncoder, CroCoEncoderConfig, CroCoForImageClassification
 from hf_masked.modeling.siamese.cropmae import (
     CropMAEConfig,
     CropMAEForImageClassification,
@@ -51,6 +59,14 @@ __all__ = [
     "BYOLConfig",
     "BYOLForPreTraining",
     "BYOLModel",
+    "CroCoConfig",
+    "CroCoEncoder",
+    "CroCoEncoderConfig",
+    "CroCoForBinocularPrediction",
+    "CroCoForDepthEstimation",
+    "CroCoForImageClassification",
+    "CroCoForPreTraining",
+    "CroCoModel",
     "CropMAEConfig",
     "CropMAEForImageClassification",
     "CropMAEForPreTraining",

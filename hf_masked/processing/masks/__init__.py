@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from hf_masked.processing.masks.block import block_mask
+from hf_masked.processing.masks.clips import frame_mask, num_masked_in_frames, num_masked_in_tubes, tube_mask
 from hf_masked.processing.masks.coarse import coarse_mask
 from hf_masked.processing.masks.color import color_mask
 from hf_masked.processing.masks.counts import num_masked_units
@@ -28,7 +29,13 @@ MASKS: dict[str, MaskFunction] = {
     "color": color_mask,
     "grid": grid_mask,
     "inverse_block": inverse_block_mask,
+    "tube": tube_mask,
+    "frame": frame_mask,
 }
+
+# Those that need a plane, (rows, columns), and those that need a clip, (times, rows, columns); others take any grid.
+PLANE_MASKS = ("block", "coarse", "color", "grid", "inverse_block")
+CLIP_MASKS = ("tube", "frame")
 
 
 def register_mask(name: str, function: MaskFunction) -> None:
@@ -52,18 +59,29 @@ def make_mask(kind: str, draw: Draw, grid: tuple[int, ...], ratio: float, **opti
     return MASKS[kind](draw, grid, ratio, **options)
 
 
+def num_masked_of_kind(kind: str, grid: tuple[int, ...], ratio: float) -> int:
+    """How many units `make_mask` masks per sample, of the kinds whose count follows from grid and ratio alone."""
+    counts = {"tube": num_masked_in_tubes, "frame": num_masked_in_frames}
+    return counts.get(kind, num_masked_units)(grid, ratio)
+
+
 __all__ = [
+    "CLIP_MASKS",
     "MASKS",
+    "PLANE_MASKS",
     "block_mask",
     "coarse_mask",
     "color_mask",
+    "frame_mask",
     "grid_mask",
     "inverse_block_mask",
     "make_mask",
+    "num_masked_of_kind",
     "num_masked_units",
     "num_predicted_units",
     "num_skipped_units",
     "partial_mask",
     "random_mask",
     "register_mask",
+    "tube_mask",
 ]

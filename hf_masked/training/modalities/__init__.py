@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_masked.data.keyed import KeyedDataset
 from hf_masked.modeling.base import VariantConfig
 
 # `VariantConfig.modality` -> the file in this folder.
-FILES = {"image": "image", "points": "points"}
+FILES = {"graph": "graph", "image": "image", "points": "points", "video": "video"}
 
 
 class Modality(ABC):
@@ -68,6 +68,17 @@ class Modality(ABC):
     def picture(self, model: PreTrainedModel, processor, samples) -> Image.Image:
         """What the model masks and predicts of the samples of `shown` or `from_files`."""
         raise NotImplementedError(f"Nothing is drawn of {type(self).__name__}.")
+
+    def observers(self, trainer, source, data, config: VariantConfig) -> list[TrainerCallback]:
+        """Callbacks that judge the model, while it trains, as makes sense in this modality alone.
+
+        Args:
+            trainer: to log with.
+            source: of the training split.
+            data: `DataArguments`.
+            config: of the model.
+        """
+        return []
 
     def labelled(self, source, processor, config: VariantConfig, limit: int | None = None, seed: int = 0):
         """(samples, classes) for probes of the frozen encoder: what `features` takes and int64 (n,); None where there

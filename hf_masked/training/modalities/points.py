@@ -2,9 +2,9 @@
 
 import torch
 
+from hf_masked.data.folders import files_below
 from hf_masked.data.labelled import balanced_order
 from hf_masked.data.points import ARRAYS, MESHES, PointCloudDataset, load_points, read_cloud
-from hf_masked.data.folders import files_below
 from hf_masked.evaluation.features import evaluation_mode, gathered
 from hf_masked.training.modalities import Modality
 from hf_masked.training.visualization import scatter_grid
@@ -18,7 +18,9 @@ class PointClouds(Modality):
 
     def open(self, data, split, config, processor):
         if data.streaming:
-            raise ValueError("Point clouds are read from files of a folder and cannot be streamed: leave out --streaming.")
+            raise ValueError(
+                "Point clouds are read from files of a folder and cannot be streamed: leave out --streaming."
+            )
         return load_points(data.dataset_name, split)
 
     def training_set(self, source, processor, args, data, config):
@@ -33,7 +35,9 @@ class PointClouds(Modality):
         files += [path for path in paths if not path.is_dir()]
         files = [file for file in files if file.suffix.lower() in (*ARRAYS, *MESHES)][:count]
         if not files:
-            raise ValueError(f"There is no point cloud ({', '.join((*ARRAYS, *MESHES))}) in {', '.join(map(str, paths))}.")
+            raise ValueError(
+                f"There is no point cloud ({', '.join((*ARRAYS, *MESHES))}) in {', '.join(map(str, paths))}."
+            )
         return processor.prepare([read_cloud(file) for file in files])
 
     def picture(self, model, processor, samples):

@@ -30,7 +30,8 @@ from hf_masked.modeling.masked_latent.capi import (
     soft_cross_entropy,
     tiny_config,
 )
-from hf_masked.modeling.masked_latent.capi_encoder import apply_rope, rope_angles, token_coordinates
+from hf_masked.modeling.masked_latent.capi_encoder import rope_angles, rotary_parts, token_coordinates
+from hf_masked.modeling.parts.rotary import rotate
 from hf_masked.modeling.registry import get_variant
 from hf_masked.processing.masks import inverse_block_mask
 from hf_masked.randomness import torch_draw
@@ -299,7 +300,7 @@ def test_5_each_loss_has_its_own_weights():
 def turned(coordinates: list, states: torch.Tensor, rope: str) -> torch.Tensor:
     """(heads, width) turned as at (row, column)."""
     angles = rope_angles(torch.tensor([[coordinates]]), states.shape[-1], 7.0, 7e-4)
-    return apply_rope(states[None, :, None], (angles.cos(), angles.sin()), rope)[0, :, 0]
+    return rotate(states[None, :, None], (angles.cos(), angles.sin()), rotary_parts(rope))[0, :, 0]
 
 
 def test_6_axial_rope_is_a_rotation_that_knows_differences_only():

@@ -54,8 +54,8 @@ def official_weights(run: dict) -> dict[str, torch.Tensor]:
     return weights
 
 
-# At the 256 pixels below which the reference's largest pool fails. In float64, where gradients can be compared closely,
-# it takes half a minute.
+# At the 256 pixels below which the reference's largest pool fails. In float64, where gradients can be compared
+# closely, it takes half a minute.
 @pytest.mark.parametrize(
     ("name", "dtype", "gradient_tolerance"),
     [
