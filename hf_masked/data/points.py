@@ -93,8 +93,8 @@ class FolderOfClouds(PointSource):
 
 
 class SyntheticShapes(PointSource):
-    """Made shapes of eight classes, no scans: points on spheres, cubes, cylinders, cones, tori, ellipsoids, pyramids and
-    helices, each axis stretched by 0.7 to 1.3, turned about z, with noise. The shape of an index is a function of
+    """Made shapes of eight classes, no scans: points on spheres, cubes, cylinders, cones, tori, ellipsoids, pyramids
+    and helices, each axis stretched by 0.7 to 1.3, turned about z, with noise. The shape of an index is a function of
     (seed, index), and its class is index modulo 8.
 
     Args:

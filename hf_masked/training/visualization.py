@@ -68,6 +68,36 @@ def retrieval_grid(
     return _rendered(figure)
 
 
+def clip_grid(panels: dict[str, torch.Tensor], clips: int, frames: int = 8) -> Image.Image:
+    """One row per clip and panel, named on the left, with frames that are evenly spread over the clip.
+
+    Args:
+        panels: name -> float (batch, frames, channels, height, width) in [0, 1].
+        clips, frames: drawn at most.
+
+    Returns:
+        An RGB picture.
+    """
+    plt = _pyplot()
+    batch, length, _, height, width = next(iter(panels.values())).shape
+    clips, columns = min(clips, batch), min(frames, length)
+    chosen = torch.linspace(0, length - 1, columns).round().int().tolist()
+    rows = clips * len(panels)
+    size = (CELL * columns + 1.0, CELL * height / width * rows + 0.3)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.04}
+    )
+    drawn = [(name, panel[clip]) for clip in range(clips) for name, panel in panels.items()]
+    for row, (name, panel) in zip(axes, drawn, strict=True):
+        row[0].text(
+            -0.06, 0.5, name.replace(" (", "\n("), fontsize=7, ha="right", va="center", transform=row[0].transAxes
+        )
+        for axis, frame in zip(row, panel[chosen], strict=True):
+            axis.imshow(_drawable(frame), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.axis("off")
+    return _rendered(figure)
+
+
 def scatter_grid(panels: dict[str, tuple[torch.Tensor, ...]], rows: int = 8) -> Image.Image:
     """One row per point cloud, one named column per panel, all panels of a row seen from the same place.
 
@@ -95,34 +125,6 @@ def scatter_grid(panels: dict[str, tuple[torch.Tensor, ...]], rows: int = 8) -> 
             centre, radius = whole.mean(dim=0).tolist(), (whole - whole.mean(dim=0)).abs().max().item()
             axis.set(**{f"{side}lim": (c - radius, c + radius) for side, c in zip("xyz", centre, strict=True)})
             axis.set_box_aspect((1, 1, 1), zoom=1.4)
-
-
-def clip_grid(panels: dict[str, torch.Tensor], clips: int, frames: int = 8) -> Image.Image:
-    """One row per clip and panel, named on the left, with frames that are evenly spread over the clip.
-
-    Args:
-        panels: name -> float (batch, frames, channels, height, width) in [0, 1].
-        clips, frames: drawn at most.
-
-    Returns:
-        An RGB picture.
-    """
-    plt = _pyplot()
-    batch, length, _, height, width = next(iter(panels.values())).shape
-    clips, columns = min(clips, batch), min(frames, length)
-    chosen = torch.linspace(0, length - 1, columns).round().int().tolist()
-    rows = clips * len(panels)
-    size = (CELL * columns + 1.0, CELL * height / width * rows + 0.3)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=size, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.04}
-    )
-    drawn = [(name, panel[clip]) for clip in range(clips) for name, panel in panels.items()]
-    for row, (name, panel) in zip(axes, drawn, strict=True):
-        row[0].text(
-            -0.06, 0.5, name.replace(" (", "\n("), fontsize=7, ha="right", va="center", transform=row[0].transAxes
-        )
-        for axis, frame in zip(row, panel[chosen], strict=True):
-            axis.imshow(_drawable(frame), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.axis("off")
     return _rendered(figure)
 
