@@ -206,7 +206,7 @@ class PointMAEPreTrainedModel(VariantModel):
         return random_group_mask(draw, center.shape[1], self.config.mask_ratio)
 
     def split(self, bool_masked_pos: torch.Tensor, center: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 (batch, visible) and (batch, masked), ascending; a compiled forward takes their counts from the config.
+        """int64 (batch, visible) and (batch, masked), ascending; compiled, their counts are the config's.
 
         Raises:
             ValueError: for another shape or type of mask, or rows that differ in their count.

@@ -221,7 +221,7 @@ def test_errors_name_what_is_wrong(model):
         model(torch.randn(1, 3, 3))
     with pytest.raises(ValueError, match="expected \\(batch, points, 3\\)"):
         model(torch.randn(1, 48, 6))
-    with pytest.raises(ValueError, match="mask_ratio is 0.0"):
+    with pytest.raises(ValueError, match=r"mask_ratio is 0\.0"):
         PointMAEConfig(mask_ratio=0.0)
     with pytest.raises(ValueError, match="loss_type is 'emd'"):
         PointMAEConfig(loss_type="emd")
