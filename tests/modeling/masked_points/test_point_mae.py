@@ -45,7 +45,7 @@ def encoder_of(reference: dict) -> PointMAEEncoderConfig:
 
 
 def reference_model(run: str) -> tuple[PointMAEForPreTraining, torch.Tensor, torch.Tensor]:
-    """Ours in float64 with the reference's weights, the points and the noise of the mask."""
+    """Ours with the reference's weights, the points and the noise of the mask."""
     found = PARITY[run]
     reference = found["config"]
     model = PointMAEForPreTraining(
