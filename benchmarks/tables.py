@@ -234,6 +234,18 @@ def _seeds_cell(figures: dict | None) -> str:
     return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f}), {len(values)}"
 
 
+def points_table(result: dict) -> str:
+    titles = {"knn": "kNN", "linear": "linear probe", "linear_10_per_class": "linear probe, 10 labels per class"}
+    lines = ["| accuracy, % | " + " | ".join(titles.values()) + " |", "|---|" + "---|" * len(titles)]
+    for title, row in result["rows"].items():
+        lines.append(f"| {title} | " + " | ".join(f"{100 * row[measure]:.1f}" for measure in titles) + " |")
+    return "\n".join(lines) + (
+        f"\n\nFrozen encoders on {result['dataset']}; `{result['recipe']}`{_flags(result)}, {result['steps']} steps "
+        f"in {result['pretraining_seconds'] / 60:.1f} minutes on {_cores(result['environment'])}; one seed "
+        "(`python benchmarks/points.py`).\n"
+    )
+
+
 KINDS = {
     "regularizers": regularizers_table,
     "cost": cost_table,
@@ -243,6 +255,7 @@ KINDS = {
     "feeding": feeding_table,
     "stereo": stereo_table,
     "text": text_table,
+    "points": points_table,
     "weight": weight_table,
 }
 

@@ -19,6 +19,8 @@ from hf_masked.modeling.masked_language import *  # noqa: F403
 from hf_masked.modeling.masked_language import __all__ as _masked_language
 from hf_masked.modeling.masked_latent import *  # noqa: F403
 from hf_masked.modeling.masked_latent import __all__ as _masked_latent
+from hf_masked.modeling.masked_points import *  # noqa: F403
+from hf_masked.modeling.masked_points import __all__ as _masked_points
 from hf_masked.modeling.masked_supervision import *  # noqa: F403
 from hf_masked.modeling.masked_supervision import __all__ as _masked_supervision
 from hf_masked.modeling.masked_video import *  # noqa: F403
@@ -32,6 +34,7 @@ from hf_masked.processing.image_processing import MaskedImageProcessor
 from hf_masked.processing.multi_view import MultiViewImageProcessor
 from hf_masked.processing.one_shot_detection import OneShotDetectionProcessor
 from hf_masked.processing.pixel_tokens import PixelTokenProcessor
+from hf_masked.processing.point_processing import PointCloudProcessor
 from hf_masked.processing.stereo import StereoImageProcessor
 from hf_masked.processing.text_processing import TextProcessor
 from hf_masked.processing.video_processing import MaskedVideoProcessor
@@ -56,6 +59,7 @@ __all__ = [
     "MaskedVideoProcessor",
     "MultiViewImageProcessor",
     "PixelTokenProcessor",
+    "PointCloudProcessor",
     "StereoImageProcessor",
     "OneShotDetectionProcessor",
     "TextProcessor",
@@ -65,6 +69,7 @@ __all__ = [
     *_masked_image,
     *_masked_language,
     *_masked_latent,
+    *_masked_points,
     *_masked_supervision,
     *_masked_video,
     *_siamese,

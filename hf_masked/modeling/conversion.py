@@ -15,7 +15,7 @@ from hf_masked.modeling.registry import Variant
 SETTINGS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 
 # The names under which training checkpoints hold the weights.
-WEIGHTS = ("model", "state_dict", "model_state", "module")
+WEIGHTS = ("model", "state_dict", "model_state", "module", "base_model")
 
 
 def read_official(path: str | Path) -> dict[str, torch.Tensor]:

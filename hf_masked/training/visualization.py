@@ -98,6 +98,37 @@ def clip_grid(panels: dict[str, torch.Tensor], clips: int, frames: int = 8) -> I
     return _rendered(figure)
 
 
+def scatter_grid(panels: dict[str, tuple[torch.Tensor, ...]], rows: int = 8) -> Image.Image:
+    """One row per point cloud, one named column per panel, all panels of a row seen from the same place.
+
+    Args:
+        panels: name -> layers, float (batch, points, 3) each: the first is drawn gray, the second red on top.
+        rows: clouds drawn at most.
+    """
+    plt = _pyplot()
+    rows = min(rows, len(next(iter(panels.values()))[0]))
+    figure, axes = plt.subplots(
+        rows,
+        len(panels),
+        figsize=(1.8 * len(panels), 1.8 * rows + 0.3),
+        squeeze=False,
+        subplot_kw={"projection": "3d"},
+    )
+    for column, (name, layers) in enumerate(panels.items()):
+        axes[0, column].set_title(name, fontsize=8)
+        for row in range(rows):
+            axis = axes[row, column]
+            for layer, colour in zip(layers, ("dimgray", "tab:red"), strict=False):
+                axis.scatter(*layer[row].T.numpy(), s=1.2, color=colour, linewidths=0)
+            # Of the first panel's cloud, so that what is left out leaves a gap and moves nothing.
+            whole = next(iter(panels.values()))[0][row]
+            centre, radius = whole.mean(dim=0).tolist(), (whole - whole.mean(dim=0)).abs().max().item()
+            axis.set(**{f"{side}lim": (c - radius, c + radius) for side, c in zip("xyz", centre, strict=True)})
+            axis.set_box_aspect((1, 1, 1), zoom=1.4)
+            axis.axis("off")
+    return _rendered(figure)
+
+
 def disparity_picture(disparity: torch.Tensor, largest: float | None = None) -> Image.Image:
     """A disparity map in colours, dark for far and bright for near, with their scale in pixels.
 

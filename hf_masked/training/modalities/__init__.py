@@ -15,7 +15,7 @@ from hf_masked.data.keyed import KeyedDataset
 from hf_masked.modeling.base import VariantConfig
 
 # `VariantConfig.modality` -> the file in this folder.
-FILES = {"graph": "graph", "image": "image", "text": "text", "video": "video"}
+FILES = {"graph": "graph", "image": "image", "points": "points", "text": "text", "video": "video"}
 
 
 class Modality(ABC):
