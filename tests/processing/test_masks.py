@@ -196,7 +196,9 @@ def test_block_masks_are_distributed_as_beits():
 
 
 def test_unknown_kind_names_the_known():
-    with pytest.raises(ValueError, match="'blocks'; known are block, coarse, color, grid, inverse_block, random"):
+    with pytest.raises(
+        ValueError, match="'blocks'; known are block, coarse, color, frame, grid, inverse_block, random, tube"
+    ):
         make_mask("blocks", draw_for(1), (4, 4), 0.5)
 
 

@@ -5,6 +5,7 @@ seed), `teacher_config` (the stock config of the teacher's encoder, which `teach
 `image_std` (how the student's pictures are normalised). Its model holds a `FrozenTeacher`.
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
 
@@ -191,7 +192,8 @@ class FrozenTeacher:
         return {"interpolate_pos_encoding": True} if by_argument else {}
 
     def _load(self) -> None:
-        name, form = self.config.teacher, self.config.teacher_config
+        # A copy: whoever makes another config around the same one sets its attention implementation anew.
+        name, form = self.config.teacher, copy.deepcopy(self.config.teacher_config)
         if name is None:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)

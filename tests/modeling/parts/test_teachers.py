@@ -267,3 +267,12 @@ def test_other_checkpoint_than_the_config_says_is_refused(tmp_path):
     config = Student(teacher=str(tmp_path), teacher_config=FORMS["vit"][0])
     with pytest.raises(ValueError, match=r"32 wide .* made for one of 16"):
         FrozenTeacher(config).features(torch.randn(1, 3, 16, 16), (4, 4))
+
+
+def test_another_config_around_the_same_form_changes_nothing():
+    form = FORMS["clip"][0]
+    teacher = teacher_of(form)
+    encoder = teacher.prepare(torch.device("cpu"))
+    before = encoder.config._attn_implementation
+    form._attn_implementation = None  # as the making of another config that holds it does
+    assert before is not None and encoder.config._attn_implementation == before

@@ -203,12 +203,12 @@ def test_catalogue_has_it_as_a_procedure():
     assert variant.config.paper_title in card and variant.config.arxiv_id in card
 
 
-def test_train_py_says_where_texts_are_learnt_from(tmp_path, capsys):
+def test_train_py_says_where_it_is_explained(tmp_path, capsys):
     flags = ["--method", "siamese_attribution", "--dataset_name", "digits", "--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit):
         program([*flags, "--use_cpu", "true", "--bf16", "false"])
     line = capsys.readouterr().err
-    assert "transformers' Trainer" in line and "model_cards/siamese_attribution.md" in line
+    assert "siamese_attribution is a procedure" in line and "model_cards/siamese_attribution.md" in line
 
 
 def test_config_and_weights_survive_a_round_trip(tmp_path):
