@@ -28,7 +28,7 @@ from hf_masked.modeling.parts.blocks import TransformerBlock
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.momentum import MomentumTwin
 from hf_masked.modeling.parts.patches import unpatchify, visible_indices
-from hf_masked.modeling.parts.state_dicts import rename_weights
+from hf_masked.modeling.parts.state_dicts import rename_weights, timm_block_renaming
 from hf_masked.modeling.parts.targets import normalize_patches
 from hf_masked.modeling.registry import register_variant
 from hf_masked.processing.masks import num_masked_units, random_mask
@@ -314,12 +314,7 @@ def rising_momentum(start: float, end: float, warmup: float, progress: float) ->
 # Official name -> ours, of what HPM adds to MAE.
 _RENAMING = (
     (r"^module\.", ""),
-    (r"^decoder_blocks_losspred\.(\d+)\.norm1\.", r"loss_predictor.layers.\1.attention_norm."),
-    (r"^decoder_blocks_losspred\.(\d+)\.norm2\.", r"loss_predictor.layers.\1.feed_forward_norm."),
-    (r"^decoder_blocks_losspred\.(\d+)\.attn\.qkv\.", r"loss_predictor.layers.\1.attention.qkv."),
-    (r"^decoder_blocks_losspred\.(\d+)\.attn\.proj\.", r"loss_predictor.layers.\1.attention.projection."),
-    (r"^decoder_blocks_losspred\.(\d+)\.mlp\.fc1\.", r"loss_predictor.layers.\1.feed_forward.0."),
-    (r"^decoder_blocks_losspred\.(\d+)\.mlp\.fc2\.", r"loss_predictor.layers.\1.feed_forward.2."),
+    *timm_block_renaming("decoder_blocks_losspred", "loss_predictor.layers"),
     (r"^decoder_norm_losspred\.", "loss_predictor.norm."),
     (r"^decoder_pred_losspred\.", "loss_predictor.head."),
 )

@@ -27,7 +27,13 @@ from hf_masked.modeling.parts.backbones import (
 from hf_masked.modeling.parts.decoders import MaskTokenDecoder
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import pair, patchify, unpatchify
-from hf_masked.modeling.parts.state_dicts import TIMM_VIT_RENAMING, official_depth, official_vit_config, rename_weights
+from hf_masked.modeling.parts.state_dicts import (
+    TIMM_VIT_RENAMING,
+    official_depth,
+    official_vit_config,
+    rename_weights,
+    timm_block_renaming,
+)
 from hf_masked.modeling.parts.targets import denormalize_patches, normalize_patches
 from hf_masked.modeling.registry import register_variant
 
@@ -327,12 +333,7 @@ _RENAMING = (
     (r"^decoder_embed\.", "decoder.embedding."),
     (r"^decoder_norm\.", "decoder.norm."),
     (r"^decoder_pred\.", "decoder.head."),
-    (r"^decoder_blocks\.(\d+)\.norm1\.", r"decoder.layers.\1.attention_norm."),
-    (r"^decoder_blocks\.(\d+)\.norm2\.", r"decoder.layers.\1.feed_forward_norm."),
-    (r"^decoder_blocks\.(\d+)\.attn\.qkv\.", r"decoder.layers.\1.attention.qkv."),
-    (r"^decoder_blocks\.(\d+)\.attn\.proj\.", r"decoder.layers.\1.attention.projection."),
-    (r"^decoder_blocks\.(\d+)\.mlp\.fc1\.", r"decoder.layers.\1.feed_forward.0."),
-    (r"^decoder_blocks\.(\d+)\.mlp\.fc2\.", r"decoder.layers.\1.feed_forward.2."),
+    *timm_block_renaming("decoder_blocks", "decoder.layers"),
 )
 
 

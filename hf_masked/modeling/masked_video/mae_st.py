@@ -36,7 +36,7 @@ from hf_masked.modeling.parts.clips import (
 )
 from hf_masked.modeling.parts.losses import masked_mean
 from hf_masked.modeling.parts.patches import check_mask, pair
-from hf_masked.modeling.parts.state_dicts import official_depth, rename_weights
+from hf_masked.modeling.parts.state_dicts import official_depth, rename_weights, timm_block_renaming
 from hf_masked.modeling.parts.targets import denormalize_patches, normalize_patches
 from hf_masked.modeling.registry import register_variant
 from hf_masked.processing.masks import PLANE_MASKS, num_masked_of_kind
@@ -502,12 +502,7 @@ _RENAMING = (
     (r"^decoder_embed\.", "decoder.embedding."),
     (r"^decoder_norm\.", "decoder.norm."),
     (r"^decoder_pred\.", "decoder.head."),
-    (r"^decoder_blocks\.(\d+)\.norm1\.", r"decoder.layers.\1.attention_norm."),
-    (r"^decoder_blocks\.(\d+)\.norm2\.", r"decoder.layers.\1.feed_forward_norm."),
-    (r"^decoder_blocks\.(\d+)\.attn\.qkv\.", r"decoder.layers.\1.attention.qkv."),
-    (r"^decoder_blocks\.(\d+)\.attn\.proj\.", r"decoder.layers.\1.attention.projection."),
-    (r"^decoder_blocks\.(\d+)\.mlp\.fc1\.", r"decoder.layers.\1.feed_forward.0."),
-    (r"^decoder_blocks\.(\d+)\.mlp\.fc2\.", r"decoder.layers.\1.feed_forward.2."),
+    *timm_block_renaming("decoder_blocks", "decoder.layers"),
 )
 
 

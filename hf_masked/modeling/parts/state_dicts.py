@@ -12,6 +12,20 @@ from hf_masked.modeling.parts.relative_positions import TABLE
 # In a replacement, stands for each of q, k and v: the tensor is a stack of queries, keys and values.
 QKV = "{qkv}"
 
+
+def timm_block_renaming(official: str, ours: str) -> tuple[tuple[str, str], ...]:
+    """Rules of `rename_weights` from a list of timm's blocks to one of `TransformerBlock`s, by the lists' names."""
+    parts = {
+        r"norm1\.": "attention_norm.",
+        r"norm2\.": "feed_forward_norm.",
+        r"attn\.qkv\.": "attention.qkv.",
+        r"attn\.proj\.": "attention.projection.",
+        r"mlp\.fc1\.": "feed_forward.0.",
+        r"mlp\.fc2\.": "feed_forward.2.",
+    }
+    return tuple((rf"^{official}\.(\d+)\.{theirs}", rf"{ours}.\1.{name}") for theirs, name in parts.items())
+
+
 # Of timm's ViTs to a stock ViT's as our `backbone`: the patches, the positions and the blocks.
 TIMM_VIT_RENAMING = (
     (r"^pos_embed$", "backbone.embeddings.position_embeddings"),
