@@ -23,7 +23,7 @@ from hf_masked.training.visualization import embedding_plot
 RECIPE = Path(__file__).parents[1] / "recipes" / "mae_fashion_mnist.yaml"
 
 # Pictures that the frozen encoders are judged with, of each split; all of them would take longer than the training.
-JUDGED = 4000
+JUDGED = 2000
 EMBEDDED = 1000
 
 # Share of the labels that fine-tuning gets, and its steps.
@@ -33,7 +33,7 @@ LABELS, STEPS = 0.01, 200
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="demo_output")
-    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--epochs", type=float, default=0.6)
     parser.add_argument("--dataset_name", default="fashion_mnist")
     arguments = parser.parse_args()
     output = Path(arguments.output_dir)
