@@ -142,12 +142,15 @@ def add_observers(trainer: PreTrainer, modality: Modality, source, data: DataArg
         train = modality.labelled(source, processor, config, **chosen)
         if train is None:
             return
+        test = modality.labelled(test_source, processor, config, **chosen)
+        if test is None:
+            raise ValueError(f"{test_source.name} has no labels: set label_column to the column that holds them.")
         trainer.add_callback(
             OnlineProbeCallback(
                 trainer,
                 modality,
                 train=train,
-                test=modality.labelled(test_source, processor, config, **chosen),
+                test=test,
                 every_epochs=args.probe_every_epochs,
                 linear=args.probe_linear,
             )

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, ViTConfig, ViTModel
 
 import hf_masked.cli
-from hf_masked.training.cli import main
+from hf_masked.training.cli import add_observers, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -235,3 +236,16 @@ def test_a_cache_made_by_one_command_is_trained_on_streamed_or_not(tmp_path, mon
         trainer = main([*TINY, *flags, "--output_dir", str(tmp_path / streaming)])
         assert trainer.state.global_step == 6
         assert trainer.train_dataset.processor.num_channels == 1
+
+
+def test_a_test_split_without_labels_is_named_before_training():
+    names = {"train": SimpleNamespace(name="seen"), "test": SimpleNamespace(name="unseen")}
+    modality = SimpleNamespace(
+        open=lambda data, split, config, processor: names[split],
+        observers=lambda *arguments: [],
+        labelled=lambda source, *arguments, **chosen: ([], []) if source.name == "seen" else None,
+    )
+    args = SimpleNamespace(picture_every_epochs=0, probe_every_epochs=1, probe_samples=10, seed=0)
+    trainer = SimpleNamespace(args=args, processing_class=None, model=SimpleNamespace(config=None))
+    with pytest.raises(ValueError, match="unseen has no labels: set label_column"):
+        add_observers(trainer, modality, names["train"], SimpleNamespace(test_split="test"))
